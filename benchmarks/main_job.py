@@ -1,0 +1,158 @@
+"""The main job: how much memory unmodified models need with and without the compiler, side by side in one run.
+
+    python benchmarks/main_job.py [--case 'gpt-*']... [--lowering inductor|eager] [--scale full|small] [--markdown]
+
+Each case runs in a process of its own. Exit status 1 if a figure that is demanded was not reached, or a case failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fnmatch
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler that measures peaks is silent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from main_job_cases import CASES, cold_start
+from main_job_runs import Row, Settings
+from tabulate import tabulate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+HEADERS = (
+    "case",
+    "against",
+    "its peak (MiB)",
+    "ours (MiB)",
+    "ratio",
+    "predicted (MiB)",
+    "deviation",
+    "time ratio",
+    "gradient error",
+    "demanded",
+    "remarks",
+)
+
+
+def main() -> int:
+    options = parse()
+    settings = Settings(options.lowering, options.scale, options.repeats)
+    if options.cold:
+        print(json.dumps(cold_start(options.cold, settings)))
+        return 0
+    if options.worker:
+        rows = CASES[options.worker](options.worker, settings)
+        print(json.dumps([row.to_json() for row in rows]))
+        return 0
+    rows = run_cases(select(options.case), settings, options.timeout)
+    if options.markdown:
+        print(heading(settings))
+    print(format_rows(rows, "github" if options.markdown else "simple"))
+    return 0 if all(met for row in rows for _, met in row.verdicts) else 1
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure the main job.")
+    parser.add_argument("--case", action="append", metavar="NAME", help=f"of {', '.join(CASES)}; * and ? match any")
+    parser.add_argument("--lowering", default="inductor", choices=["inductor", "eager"])
+    parser.add_argument("--scale", default="full", choices=["full", "small"], help="small: a smoke test, hardly judged")
+    parser.add_argument("--repeats", type=int, default=7, help="interleaved runs of which the median is taken")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for each case")
+    parser.add_argument("--markdown", action="store_true", help="a Markdown table, with machine and date")
+    parser.add_argument("--worker", choices=list(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--cold", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def select(patterns: Sequence[str] | None) -> list[str]:
+    """Names of the wanted cases in the order of the table; ends the program if there is none."""
+    names = [name for name in CASES if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns or ["*"])]
+    if not names:
+        sys.exit(f"no such case; there are {', '.join(CASES)}")
+    return names
+
+
+def run_cases(names: Sequence[str], settings: Settings, timeout: float) -> list[Row]:
+    rows = []
+    for name in names:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        rows += run_case(name, settings, timeout)
+    return rows
+
+
+def run_case(name: str, settings: Settings, timeout: float) -> list[Row]:
+    command = [sys.executable, __file__, "--worker", name, "--lowering", settings.lowering, "--scale", settings.scale]
+    command += ["--repeats", str(settings.repeats)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return [failed(name, f"took more than {timeout:g} s")]
+    if done.returncode != 0:
+        sys.stderr.write(done.stderr)
+        return [failed(name, last_line(done.stderr) or f"exit status {done.returncode}")]
+    return [Row(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+
+
+def failed(name: str, reason: str) -> Row:
+    return Row(name, "", note=reason, verdicts=[("runs", False)])
+
+
+def last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def heading(settings: Settings) -> str:
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    machine = f"{platform.machine()}, {processor()}, {os.cpu_count()} cores"
+    what = f"Main job, {settings.lowering} lowering, {settings.scale} sizes"
+    return f"{what}. {today}, torch {torch.__version__}, {machine}.\n"
+
+
+def processor() -> str:
+    """The model of the CPU, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown CPU"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
+def format_rows(rows: Sequence[Row], style: str) -> str:
+    return tabulate([cells(row) for row in rows], headers=HEADERS, tablefmt=style, disable_numparse=True)
+
+
+def cells(row: Row) -> list[str]:
+    both = row.peak is not None and row.rival_peak is not None
+    predicted = row.peak is not None and row.predicted is not None
+    return [
+        row.case,
+        row.against,
+        mebibytes(row.rival_peak),
+        mebibytes(row.peak),
+        f"{row.ratio:.1f}" if both else "",
+        mebibytes(row.predicted),
+        f"{row.deviation:+.1%}" if predicted else "",
+        "" if row.time_ratio is None else f"{row.time_ratio:.2f}",
+        "" if row.error is None else f"{row.error:.1e}",
+        "; ".join(f"{demand}: {'yes' if met else 'NO'}" for demand, met in row.verdicts),
+        row.note,
+    ]
+
+
+def mebibytes(n: int | None) -> str:
+    return "" if n is None else f"{n / 2**20:.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

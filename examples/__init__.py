@@ -1,0 +1,1 @@
+"""Ordinary PyTorch models, and the loop that trains them with or without the compiler."""

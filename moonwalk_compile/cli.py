@@ -1,0 +1,155 @@
+"""The command `moonwalk`.
+
+Exit status: 0 planned; 1 the budget cannot be met (the smallest that can is printed); 2 wrong usage, errors in the
+model's own code included; 3 a bug of moonwalk_compile, with its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from .errors import BudgetError, MoonwalkError, UsageError
+from .options import LOWERINGS, STRATEGIES, Options, nearest
+from .passes.cost import DEVICES
+from .plot import check_plot_path
+from .targets import load_target, parse_spec
+from .usercode import reporting_user_code
+
+if TYPE_CHECKING:
+    from .report import Plan
+
+PLANNED, OVER_BUDGET, WRONG_USAGE, INTERNAL_ERROR = range(4)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's) and return its exit status."""
+    try:
+        arguments = _parser().parse_args(argv)
+        return int(arguments.run(arguments))
+    except MoonwalkError as error:
+        print(error, file=sys.stderr)
+        return OVER_BUDGET if isinstance(error, BudgetError) else WRONG_USAGE
+    except Exception:
+        traceback.print_exc()
+        print("This is a bug of moonwalk_compile: please report it with the lines above.", file=sys.stderr)
+        return INTERNAL_ERROR
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong arguments are reported like every other wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError("Wrong usage", message, f"see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="moonwalk", description="Train unmodified PyTorch models within a memory budget.")
+    parser.add_argument("--version", action="version", version=f"moonwalk {_version()}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="compile an unmodified model, train a step, compare with the prediction")
+    demo.set_defaults(run=_demo)
+    _add_plan(commands.add_parser("plan", help="plan a model's training step without allocating its memory"))
+    return parser
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("target", metavar="TARGET", help="package.module:callable or path/to/file.py:callable")
+    spec = "an input, as f32[8,3,224,224] or i64[4,128]<50257; once for each"
+    add("--input", metavar="SPEC", action="append", default=[], help=spec)
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument("--budget", metavar="B", help="bound on the peak: bytes, 512MiB, 2GiB, or 40%% of plain's")
+    slowdown = "without a budget: largest step time relative to plain's (default 1.5)"
+    goal.add_argument("--max-slowdown", metavar="R", type=float, help=slowdown)
+    add("--strategies", metavar="A,B", help=f"some of {','.join(STRATEGIES)} (default all)")
+    add("--device", metavar="NAME", default="cpu", help=f"one of {', '.join(DEVICES)} (default cpu)")
+    add("--lowering", metavar="L", help=f"{' or '.join(LOWERINGS)} (default {LOWERINGS[0]})")
+    add("--json", action="store_true", help="print the plan as JSON")
+    add("--plot", metavar="FILE", help="draw live memory over the step to a .png, .pdf or .svg file")
+    parser.set_defaults(run=_plan)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("moonwalk-compile")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .demo import main as demo
+
+    return int(demo() or 0)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    options = _options(arguments)
+    _check_device(arguments.device)
+    if arguments.plot:
+        check_plot_path(arguments.plot)
+    try:
+        plan = _make_plan(arguments, options)
+    except BudgetError as error:
+        if arguments.json:
+            print(_budget_error_as_json(error))
+        raise
+    print(plan.to_json() if arguments.json else plan)
+    if arguments.plot:
+        plan.plot(arguments.plot)
+        print(f"wrote {arguments.plot}", file=sys.stderr)
+    return PLANNED
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    """Only what was given: the defaults are those of `Options`."""
+    names = ("budget", "max_slowdown", "strategies", "lowering")
+    given = {name: getattr(arguments, name) for name in names}
+    return Options.from_mapping({name: value for name, value in given.items() if value is not None})
+
+
+def _check_device(name: str) -> None:
+    if name not in DEVICES:
+        what = f"there is no cost table for {name!r}{nearest(name, DEVICES)}"
+        raise UsageError("Unknown device", what, f"use one of {', '.join(DEVICES)}")
+
+
+def _make_plan(arguments: argparse.Namespace, options: Options) -> Plan:
+    """What the model's code prints goes to stderr: stdout is for the plan."""
+    specs = [parse_spec(text) for text in arguments.input]
+    with contextlib.redirect_stdout(sys.stderr), _quiet_torch():
+        target = load_target(arguments.target)
+        from .api import plan_model
+
+        with reporting_user_code(f"planning {arguments.target}"):
+            return plan_model(functools.partial(target.build, specs), options, arguments.device)
+
+
+@contextlib.contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """torch logs a traceback of its own for errors that are reported here in three lines."""
+    levels = [(handler, handler.level) for handler in logging.getLogger("torch").handlers]
+    for handler, _ in levels:
+        handler.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for handler, level in levels:
+            handler.setLevel(level)
+
+
+def _budget_error_as_json(error: BudgetError) -> str:
+    values = {
+        "budget_bytes": error.budget_bytes,
+        "smallest_peak_bytes": error.smallest_peak_bytes,
+        "pinned": list(error.pinned),
+    }
+    return json.dumps(values, indent=2)

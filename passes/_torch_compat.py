@@ -1,0 +1,24 @@
+"""The only importer of torch's private modules; everything here exists from torch 2.11 on."""
+
+from torch._dynamo.backends.common import aot_autograd as dynamo_aot_autograd
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "aot_module_simplified",
+    "detect_fake_mode",
+    "disable_current_modes",
+    "dynamo_aot_autograd",
+    "fx_graph_cse",
+    "make_fx",
+    "tree_flatten",
+    "tree_map",
+    "unset_fake_temporarily",
+]

@@ -1,0 +1,60 @@
+"""The private parts of torch that lowering through Inductor needs, in one place.
+
+Nothing here has behaviour of its own. When a torch release moves one of these names, this file is the one to change.
+"""
+
+# True while some profiler records.
+from torch._C._autograd import _profiler_enabled as profiler_enabled
+
+# Lowering runs inside AOTAutograd, whose tracing context describes AOTAutograd's graph, not our pieces.
+from torch._guards import TracingContext as TracingContext
+from torch._guards import tracing as tracing
+
+# Inductor's process-wide switches; only ever patched for the duration of one call.
+from torch._inductor import config as inductor_config
+
+# The entry point below AOTAutograd: one graph in, one compiled function out.
+from torch._inductor.compile_fx import compile_fx_inner as compile_fx_inner
+
+# The decompositions Inductor's lowerings expect to have been applied.
+from torch._inductor.decomposition import select_decomp_table as select_decomp_table
+
+# Passes that torch.compile runs on the joint graph and compile_fx_inner does not: constant folding, attention patterns,
+# padding, random operations.
+from torch._inductor.fx_passes.joint_graph import joint_graph_passes as joint_graph_passes
+
+# What compile_fx_inner returns for a graph with at least one operation; carries the generated source.
+from torch._inductor.output_code import CompiledFxGraph as CompiledFxGraph
+
+# Real implementations behind `extern_kernels.x(...)` in generated code; replayed on fake tensors to learn output sizes.
+from torch._inductor.select_algorithm import extern_kernels as extern_kernels
+
+# Inductor's passes read the fake mode from this thread-local handler.
+from torch._inductor.virtualized import V as V
+
+# The allocation-free stand-in for tensors.
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+
+# Callers may run us under a fake or tracing mode of their own.
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+
+# Results of operations are nested tuples.
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+
+__all__ = [
+    "CompiledFxGraph",
+    "FakeTensorMode",
+    "TracingContext",
+    "V",
+    "compile_fx_inner",
+    "disable_current_modes",
+    "extern_kernels",
+    "inductor_config",
+    "joint_graph_passes",
+    "profiler_enabled",
+    "select_decomp_table",
+    "tracing",
+    "tree_leaves",
+    "tree_map",
+]

@@ -1,0 +1,219 @@
+"""Everything that is known about the step before planning: blocks, and the edges by which each can be recovered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from .bits import pack_bits, unpack_bits
+from .blocks import Block, find_blocks
+from .capture import Capture
+from .cost import Device, edge_seconds
+from .graph import Edge, Graph, Stage, Value
+from .inverse import inverse_edges, make_call, packing_of_reader, packing_of_value
+from .inverse.edges import result_places
+from .inverse.rule import Packing
+from .trace import storage_bytes, trace_operations
+
+
+@dataclass(frozen=True)
+class Pack:
+    """`value` kept as `kept` (bits, or a copy of an input that the forward pass overwrites)."""
+
+    value: int
+    kept: int
+    encode: Edge
+    decode: Edge
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """`packs` are exact stand-ins by value; `signs` maps (backward edge, need) to what a one-bit reader may be given.
+
+    `inverse[b]` solves forward values of block b, `vijp[b]` its cotangents, `shortcuts[b]` are cheaper ways through
+    its cotangent spine.
+    """
+
+    capture: Capture
+    graph: Graph
+    device: Device
+    blocks: tuple[Block, ...]
+    packs: Mapping[int, Pack]
+    inverse: tuple[tuple[Edge, ...], ...]
+    vijp: tuple[tuple[Edge, ...], ...]
+    shortcuts: tuple[tuple[Edge, ...], ...]
+    signs: tuple[tuple[Pack, ...], ...]
+    fakes: Mapping[int, Any]
+
+    @cached_property
+    def block_of(self) -> dict[int, int]:
+        """The block that produces each forward or late value."""
+        return {v: b.index for b in self.blocks for edge in (*b.forward, *b.late) for v in edge.gives}
+
+    @cached_property
+    def static_edges(self) -> tuple[Edge, ...]:
+        return tuple(edge for edge in self.graph.edges if edge.gives and self.graph.static.issuperset(edge.gives))
+
+    def recover(self, block: Block) -> tuple[Edge, ...]:
+        """The ways to compute forward values of a block forward: random operations cannot be drawn again."""
+        edges = (*block.forward, *block.late)
+        return tuple(edge for edge in edges if not edge.random and not edge.effect) + tuple(
+            replay for edge in edges if (replay := self.replays.get(edge.gives)) is not None
+        )
+
+    @cached_property
+    def replays(self) -> dict[tuple[int, ...], Edge]:
+        """Dropout with its mask at hand: the output is computed again without drawing."""
+        found = {}
+        for edge in self.graph.edges:
+            if edge.label == "native_dropout" and len(edge.gives) == 2:
+                found[edge.gives] = _replay_dropout(self.capture, edge, self.device)
+        return found
+
+    @cached_property
+    def charges(self) -> dict[int, tuple[int, int]]:
+        """(storage, bytes) of each value as an input of a program: what existed before the step costs nothing."""
+        graph = self.graph
+        existing = {primal for primal in graph.primals}
+        return {
+            value.index: (value.storage, 0 if value.storage in existing else graph.values[value.storage].bytes)
+            for value in graph.values
+        }
+
+
+def _replay_dropout(capture: Capture, edge: Edge, device: Device) -> Edge:
+    output, mask = edge.gives
+    scale = capture.nodes[output].args[0].args[1]  # type: ignore[union-attr, index]
+    factor = 0.0 if scale == 1 else 1.0 / (1.0 - scale)
+
+    def function(source: Tensor, mask: Tensor) -> Tensor:
+        return source * mask * factor
+
+    operations, results, _ = trace_operations(function, (capture.fake(edge.needs[0]), capture.fake(mask)))
+    replayed = Edge((output,), (edge.needs[0], mask), operations, results, "native_dropout, mask kept", stage=edge.stage)
+    return replace(replayed, seconds=edge_seconds(replayed, device))
+
+
+class _Packer:
+    """Adds the packed twins of values to the graph."""
+
+    def __init__(self, capture: Capture, device: Device) -> None:
+        self.capture, self.device = capture, device
+        self.values = list(capture.graph.values)
+        self.fakes = {value.index: capture.fake(value.index) for value in capture.graph.values}
+
+    def add_value(self, like: int, fake: Any, suffix: str, stage: Stage) -> int:
+        index = len(self.values)
+        name = f"{self.values[like].name}_{suffix}"
+        shape, dtype = tuple(fake.shape), str(fake.dtype).removeprefix("torch.")
+        self.values.append(Value(index, name, storage_bytes(fake), index, shape, dtype, "computed", stage))
+        self.fakes[index] = fake
+        return index
+
+    def edge(self, function: Callable[..., Any], source: int, fake: Any, target: int | None, label: str) -> tuple[Edge, Any]:
+        operations, results, fakes = trace_operations(function, (fake,))
+        given = self.add_value(source, fakes[0], label, "late") if target is None else target
+        edge = Edge((given,), (source,), operations, results, label, "codec", "late")
+        return replace(edge, seconds=edge_seconds(edge, self.device)), fakes[0]
+
+    def pack(self, value: int, packing: Packing, exact: bool) -> Pack | None:
+        fake = self.capture.fake(value)
+        if not fake.is_contiguous():
+            return None
+        shape = tuple(fake.shape)
+        encode, bits = self.edge(lambda v: pack_bits(packing.encode(v)), value, fake, None, "bits")
+        target = value if exact else None
+        decode, decoded = self.edge(lambda p: packing.decode(unpack_bits(p, shape)), encode.gives[0], bits, target, "unpacked")
+        if (decoded.dtype, decoded.shape, decoded.stride()) != (fake.dtype, fake.shape, fake.stride()):
+            return None
+        return Pack(value, encode.gives[0], encode, decode)
+
+    def copy(self, value: int) -> Pack:
+        fake = self.capture.fake(value)
+        encode, copied = self.edge(lambda v: v.clone(), value, fake, None, "copy")
+        decode, _ = self.edge(lambda v: v.view(v.shape), encode.gives[0], copied, value, "original")
+        return Pack(value, encode.gives[0], encode, decode)
+
+
+def _exact_packs(packer: _Packer, graph: Graph, blocks: Iterable[Block]) -> dict[int, Pack]:
+    packs: dict[int, Pack] = {}
+    for value in graph.mutated:
+        packs[value] = packer.copy(value)
+    wanted = {value for block in blocks for edge in (*block.forward, *block.late) for value in edge.gives}
+    for value in sorted(wanted):
+        edge = graph.definition[value]
+        position = result_places(edge)[edge.gives.index(value)]
+        packing = packing_of_value(make_call(packer.capture, edge), position)
+        if packing is not None and (pack := packer.pack(value, packing, exact=True)) is not None:
+            packs[value] = pack
+    return packs
+
+
+def _sign_packs(packer: _Packer, graph: Graph, block: Block) -> tuple[list[Pack], list[Edge]]:
+    """One-bit stand-ins for what single readers want of a value, and the backward edges that read the stand-in."""
+    packs, edges = [], []
+    made: dict[tuple[int, str], Pack | None] = {}
+    for edge in block.backward:
+        for position, value in enumerate(edge.needs):
+            if graph.values[value].stage == "backward" or value in graph.static:
+                continue
+            packing = packing_of_reader(make_call(packer.capture, edge), position)
+            if packing is None:
+                continue
+            key = (value, packing.note)
+            if key not in made:
+                made[key] = packer.pack(value, packing, exact=False)
+            if (pack := made[key]) is not None:
+                packs.append(pack)
+                needs = tuple(pack.decode.gives[0] if need == value else need for need in edge.needs)
+                edges.append(replace(edge, needs=needs, label=f"{edge.label} from bits"))
+    return packs, edges
+
+
+def analyse(capture: Capture, device: Device) -> Analysis:
+    """Blocks, packed twins and inverse rules of a captured step."""
+    graph = capture.graph
+    blocks = find_blocks(graph)
+    packer = _Packer(capture, device)
+    packs = _exact_packs(packer, graph, blocks)
+    signs = [_sign_packs(packer, graph, block) for block in blocks]
+    edges = inverse_edges(capture, device)
+    extended = replace(graph, values=tuple(packer.values))
+    scopes = [_scope(graph, block) for block in blocks]
+    homes = _by_block(edges, scopes)
+    return Analysis(
+        capture,
+        extended,
+        device,
+        blocks,
+        packs,
+        inverse=tuple(tuple(e for e in home if e.kind == "inverse" and e.stage == "forward") for home in homes),
+        vijp=tuple(tuple(e for e in home if e.kind == "inverse" and e.stage == "backward") for home in homes),
+        shortcuts=tuple(
+            tuple(e for e in home if e.kind != "inverse") + tuple(read) for home, (_, read) in zip(homes, signs, strict=True)
+        ),
+        signs=tuple(tuple(packs) for packs, _ in signs),
+        fakes=packer.fakes,
+    )
+
+
+def _scope(graph: Graph, block: Block) -> set[int]:
+    own = {v for edge in (*block.forward, *block.late, *block.backward) for v in (*edge.gives, *edge.needs)}
+    return own | {*block.live_in, *block.live_out, *block.cotangents_in, *block.cotangents_out} | graph.static
+
+
+def _by_block(edges: Iterable[Edge], scopes: list[set[int]]) -> list[list[Edge]]:
+    holders: dict[int, set[int]] = {}
+    for index, scope in enumerate(scopes):
+        for value in scope:
+            holders.setdefault(value, set()).add(index)
+    homes: list[list[Edge]] = [[] for _ in scopes]
+    for edge in edges:
+        common = set.intersection(*(holders.get(value, set()) for value in (*edge.gives, *edge.needs)))
+        for index in common:
+            homes[index].append(edge)
+    return homes

@@ -1,0 +1,187 @@
+"""Cutting the forward pass into blocks where the set of live values is narrowest, and the backward pass with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from .graph import Edge, Graph
+
+
+@dataclass(frozen=True)
+class Block:
+    """A contiguous piece of the forward pass, and the backward edges that belong to it.
+
+    `live_in` and `live_out` are the forward values that cross its borders (inputs of the step apart), `demanded` the
+    forward values that its backward edges read, `cotangents_in` those it receives from later blocks and
+    `cotangents_out` those that it hands to earlier ones, `gradients` the results of the step that it produces.
+    """
+
+    index: int
+    forward: tuple[Edge, ...]
+    late: tuple[Edge, ...]
+    backward: tuple[Edge, ...]
+    live_in: tuple[int, ...]
+    live_out: tuple[int, ...]
+    demanded: tuple[int, ...]
+    cotangents_in: tuple[int, ...]
+    cotangents_out: tuple[int, ...]
+    gradients: tuple[int, ...]
+
+    @cached_property
+    def name(self) -> str:
+        return f"block {self.index}"
+
+
+def forward_chain(graph: Graph) -> list[Edge]:
+    """The forward edges in order, views of the step's inputs apart: these are available everywhere."""
+    return [
+        edge
+        for edge in graph.stage_edges("forward")
+        if not edge.effect and not graph.static.issuperset(edge.gives)
+    ]
+
+
+def live_sets(graph: Graph, chain: Sequence[Edge]) -> list[frozenset[int]]:
+    """For each position p, the values produced before edge p and still wanted by the forward pass from p on."""
+    live = {value for value in graph.output_values if value not in graph.static}
+    for edge in graph.stage_edges("forward"):
+        if edge.effect:
+            live.update(value for value in edge.needs if value not in graph.static and value in graph.definition)
+    live -= set(graph.primals)
+    sets = [frozenset(live)]
+    for edge in reversed(chain):
+        live.difference_update(edge.gives)
+        live.update(value for value in edge.needs if value not in graph.static and value not in graph.primals)
+        sets.append(frozenset(live))
+    return sets[::-1]
+
+
+def _inputs_still_read(graph: Graph, chain: Sequence[Edge]) -> list[set[int]]:
+    """For each position, the activations among the step's inputs that the forward pass still reads: no cut saves them."""
+    reading: set[int] = set()
+    sets: list[set[int]] = [set()]
+    for edge in reversed(chain):
+        roots = {graph.values[value].storage for value in edge.needs}
+        reading |= {root for root in roots if graph.values[root].role == "input"}
+        sets.append(set(reading))
+    return sets[::-1]
+
+
+def cut_positions(graph: Graph, chain: Sequence[Edge], live: Sequence[frozenset[int]]) -> list[int]:
+    """One candidate between each two expensive operations, where the live set is smallest; local minima survive."""
+    landmarks = [p for p, edge in enumerate(chain) if edge.expensive] or [p for p, e in enumerate(chain) if not e.is_view]
+    reading = _inputs_still_read(graph, chain)
+    roots = [{graph.values[value].storage for value in values} | inputs for values, inputs in zip(live, reading, strict=True)]
+    size = [sum(graph.values[root].bytes for root in at) for at in roots]
+    candidates = []
+    for left, right in zip(landmarks, landmarks[1:], strict=False):
+        gap = range(left + 1, right + 1)
+        if gap:
+            candidates.append(min(gap, key=lambda p: (size[p], -p)))
+    kept = []
+    for i, p in enumerate(candidates):
+        neighbours = [size[candidates[j]] for j in (i - 1, i + 1) if 0 <= j < len(candidates)]
+        single = len(roots[p]) <= 1
+        if all(size[p] <= other for other in neighbours) or single:
+            kept.append(p)
+    return kept
+
+
+def assign_backward(graph: Graph, forward_block: dict[int, int], count: int) -> dict[int, int]:
+    """The block of every backward edge, by the index of the edge in the graph.
+
+    An edge belongs to the block of its forward operation (tied by `sequence`), but never to a later block than its
+    cotangents. The sum that accumulates a fan-out carries a sequence of its own: it goes where its last summand is.
+    """
+    by_sequence: dict[int, int] = {}
+    for edge in graph.stage_edges("forward"):
+        if edge.sequence is not None and edge.gives and edge.gives[0] in forward_block:
+            block = forward_block[edge.gives[0]]
+            by_sequence[edge.sequence] = max(block, by_sequence.get(edge.sequence, 0))
+    block_of: dict[int, int] = dict.fromkeys(graph.tangents, count - 1)
+    assigned: dict[int, int] = {}
+    for position, edge in enumerate(graph.edges):
+        if edge.stage != "backward" or edge.effect:
+            continue
+        cotangents = [block_of[value] for value in edge.needs if value in block_of]
+        block = min(cotangents, default=count - 1)
+        accumulates = edge.label == "add" and len(cotangents) > 1
+        if not accumulates and edge.sequence in by_sequence:
+            block = min(block, by_sequence[edge.sequence])
+        assigned[position] = block
+        block_of.update(dict.fromkeys(edge.gives, block))
+    return assigned
+
+
+def split_blocks(graph: Graph, chain: Sequence[Edge], cuts: Iterable[int]) -> list[list[Edge]]:
+    borders = [0, *cuts, len(chain)]
+    return [list(chain[a:b]) for a, b in zip(borders, borders[1:], strict=False) if b > a]
+
+
+def find_blocks(graph: Graph) -> tuple[Block, ...]:
+    """Cut the step. Every forward, late and backward edge belongs to exactly one block."""
+    chain = forward_chain(graph)
+    live = live_sets(graph, chain)
+    cuts = cut_positions(graph, chain, live)
+    pieces = split_blocks(graph, chain, cuts)
+    borders = [0, *cuts, len(chain)]
+    forward_block = {value: i for i, piece in enumerate(pieces) for edge in piece for value in edge.gives}
+    assigned = assign_backward(graph, forward_block, len(pieces))
+    backward: list[list[Edge]] = [[] for _ in pieces]
+    for position, block in assigned.items():
+        backward[block].append(graph.edges[position])
+    late = _assign_late(graph, forward_block, backward)
+    producer = {value: i for i, edges in enumerate(backward) for edge in edges for value in edge.gives}
+    producer.update(dict.fromkeys(graph.tangents, len(pieces)))
+    gradients = set(graph.gradient_values)
+    reader: dict[int, int] = {}  # the earliest block whose backward edges read a cotangent
+    for i, edges in enumerate(backward):
+        for edge in edges:
+            for value in edge.needs:
+                if value in producer:
+                    reader[value] = min(i, reader.get(value, i))
+    return tuple(
+        Block(
+            index=i,
+            forward=tuple(piece),
+            late=tuple(late[i]),
+            backward=tuple(backward[i]),
+            live_in=tuple(sorted(live[borders[i]])),
+            live_out=tuple(sorted(live[borders[i + 1]])),
+            demanded=_demanded(graph, backward[i]),
+            cotangents_in=tuple(sorted(v for v in reader if producer[v] > i >= reader[v])),
+            cotangents_out=tuple(sorted(v for v in reader if producer[v] >= i > reader[v])),
+            gradients=tuple(sorted(v for e in backward[i] for v in e.gives if v in gradients)),
+        )
+        for i, piece in enumerate(pieces)
+    )
+
+
+def _assign_late(graph: Graph, block: dict[int, int], backward: Sequence[Sequence[Edge]]) -> list[list[Edge]]:
+    """Late edges live with the forward values they read; views of the step's inputs with nobody."""
+    late: list[list[Edge]] = [[] for _ in backward]
+    readers = {value: i for i in reversed(range(len(backward))) for edge in backward[i] for value in edge.needs}
+    place = dict(block)
+    for edge in graph.stage_edges("late"):
+        if graph.static.issuperset(edge.gives):
+            continue
+        found = [place[value] for value in edge.needs if value in place]
+        home = max(found, default=min((readers[v] for v in edge.gives if v in readers), default=len(backward) - 1))
+        late[home].append(edge)
+        place.update(dict.fromkeys(edge.gives, home))
+    return late
+
+
+def _demanded(graph: Graph, edges: Iterable[Edge]) -> tuple[int, ...]:
+    return tuple(
+        sorted(
+            {
+                value
+                for edge in edges
+                for value in edge.needs
+                if graph.values[value].stage != "backward" and value not in graph.static
+            }
+        )
+    )

@@ -1,0 +1,176 @@
+"""Reading AOTAutograd's joint graph into a `Graph`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ._torch_compat import fx_graph_cse
+from .cost import Device, base_name, edge_seconds
+from .graph import Edge, Graph, Operation, Ref, Role, Stage, Value, map_refs
+from .trace import Recorder, storage_bytes, tensors_of
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The joint graph as data, and the FX node of each value for the fake tensor in its metadata."""
+
+    graph: Graph
+    nodes: dict[int, fx.Node]
+
+    def fake(self, value: int) -> Any:
+        return self.nodes[value].meta.get("val")
+
+
+class JointReader:
+    """One pass over the nodes. A tuple operation and its `getitem` nodes become one edge with several results."""
+
+    def __init__(self, joint: fx.GraphModule, roles: Mapping[int, Role], device: Device) -> None:
+        self.joint, self.roles, self.device = joint, roles, device
+        self.values: list[Value] = []
+        self.index: dict[fx.Node, int] = {}
+        self.owners: dict[int, int] = {}
+        self.edges: list[Edge] = []
+        self.recorder = Recorder()
+        self.after_tangents: set[fx.Node] = set()
+        self.in_forward: set[fx.Node] = set()
+
+    def read(self, forward_outputs: int) -> Capture:
+        nodes = list(self.joint.graph.nodes)
+        results = list(nodes[-1].args[0])
+        self._mark_stages(nodes, results[:forward_outputs])
+        tangents, primals = [], []
+        for node in nodes:
+            if node.op == "placeholder":
+                (tangents if is_tangent(node) else primals).append(self._add_input(node, len(primals)))
+            elif node.op in ("call_function", "get_attr"):
+                self._add_call(node)
+        graph = Graph(
+            tuple(self.values),
+            tuple(self.edges),
+            tuple(primals),
+            tuple(tangents),
+            tuple(self._result(result) for result in results[:forward_outputs]),
+            tuple(self._result(result) for result in results[forward_outputs:]),
+            self._mutated(),
+        )
+        return Capture(graph, {index: node for node, index in self.index.items()})
+
+    def _mark_stages(self, nodes: Sequence[fx.Node], outputs: Sequence[Any]) -> None:
+        for node in nodes:
+            if is_tangent(node) or any(argument in self.after_tangents for argument in node.all_input_nodes):
+                self.after_tangents.add(node)
+        wanted = {output for output in outputs if isinstance(output, fx.Node)}
+        for node in reversed(nodes):
+            effect = node.op == "call_function" and is_effect(node) and node not in self.after_tangents
+            if (node in wanted or effect) and node.op != "output":
+                self.in_forward.add(node)
+                wanted.update(node.all_input_nodes)
+
+    def _stage(self, node: fx.Node) -> Stage:
+        if node in self.after_tangents:
+            return "backward"
+        return "forward" if node in self.in_forward else "late"
+
+    def _add_input(self, node: fx.Node, position: int) -> int:
+        self.recorder.add_input(node)
+        role: Role = "tangent" if is_tangent(node) else self.roles.get(position, "input")
+        return self._add_value(node, role, len(self.values))
+
+    def _add_value(self, node: fx.Node, role: Role, storage: int) -> int:
+        fake = node.meta.get("val")
+        shape = tuple(int(size) for size in fake.shape) if isinstance(fake, Tensor) else ()
+        dtype = str(fake.dtype).removeprefix("torch.") if isinstance(fake, Tensor) else type(fake).__name__
+        index = self.index[node] = len(self.values)
+        stage: Stage = "backward" if node in self.after_tangents else self._stage(node)
+        self.values.append(Value(index, node.name, storage_bytes(fake), storage, shape, dtype, role, stage))
+        for key in (tensor.untyped_storage()._cdata for tensor in tensors_of(fake)):
+            self.owners.setdefault(key, index)
+        return index
+
+    def _add_call(self, node: fx.Node) -> None:
+        if node.target is operator.getitem and node.args[0] not in self.index:
+            return  # belongs to the edge of its tuple
+        items = tuple_items(node)
+        group = [node, *items]
+        inputs = list(dict.fromkeys(argument for argument in node.all_input_nodes))
+        slots = {self.recorder.slot[argument]: position for position, argument in enumerate(inputs)}
+        operations = []
+        for position, member in enumerate(group):
+            operations.append(self.recorder.add_call(member))
+            slots[self.recorder.slot[member]] = len(inputs) + position
+        gives = items if items or isinstance(node.meta.get("val"), (tuple, list)) else [node]
+        given = tuple(self._add_value(item, "computed", self._storage_of(item)) for item in gives)
+        edge = Edge(
+            gives=given,
+            needs=tuple(self.index[argument] for argument in inputs),
+            operations=tuple(relocate(operation, slots) for operation in operations),
+            results=tuple(slots[self.recorder.slot[item]] for item in gives),
+            label=base_name(node.target),
+            stage=self._stage(node),
+            random=is_random(node),
+            effect=is_effect(node),
+            sequence=node.meta.get("seq_nr"),
+            source=node.meta.get("stack_trace") or "",
+        )
+        self.edges.append(replace(edge, seconds=edge_seconds(edge, self.device)))
+
+    def _storage_of(self, node: fx.Node) -> int:
+        tensors = tensors_of(node.meta.get("val"))
+        own = len(self.values)
+        return self.owners.get(tensors[0].untyped_storage()._cdata, own) if tensors else own
+
+    def _result(self, result: Any) -> Any:
+        return Ref(self.index[result]) if isinstance(result, fx.Node) else result
+
+    def _mutated(self) -> frozenset[int]:
+        return frozenset(edge.needs[0] for edge in self.edges if edge.effect and edge.label.endswith("_"))
+
+
+def relocate(operation: Operation, slots: Mapping[int, int]) -> Operation:
+    """Number the slots of an operation from its edge's own inputs."""
+    return replace(
+        operation,
+        args=map_refs(operation.args, lambda ref: Ref(slots[ref.slot])),
+        kwargs=map_refs(operation.kwargs, lambda ref: Ref(slots[ref.slot])),
+        holds=tuple((slot if slot < 0 else slots[slot], position) for slot, position in operation.holds),
+    )
+
+
+def tuple_items(node: fx.Node) -> list[fx.Node]:
+    """The `getitem` nodes of a tuple operation, in order of position."""
+    if not isinstance(node.meta.get("val"), (tuple, list)):
+        return []
+    return sorted((user for user in node.users if user.target is operator.getitem), key=lambda user: user.args[1])
+
+
+def is_tangent(node: fx.Node) -> bool:
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def is_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags
+
+
+def is_effect(node: fx.Node) -> bool:
+    """Mutations, and calls without any tensor result (assertions): emitted once, in their place."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and (schema.is_mutable or not schema.returns)
+
+
+def read_joint(
+    joint: fx.GraphModule, forward_outputs: int, device: Device, roles: Mapping[int, Role] | None = None
+) -> Capture:
+    """Turn AOTAutograd's joint graph into a `Graph`; common subexpressions are merged first, in place.
+
+    Raises `NotImplementedError` for symbolic shapes: a plan holds for one set of sizes.
+    """
+    merged = fx_graph_cse(joint.graph)
+    merged.eliminate_dead_code()
+    return JointReader(fx.GraphModule(joint, merged), roles or {}, device).read(forward_outputs)

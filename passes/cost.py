@@ -1,0 +1,125 @@
+"""How long an operation takes: a roofline of floating-point operations and bytes moved, against a device table."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.flop_counter import flop_registry
+
+from ._torch_compat import disable_current_modes, tree_map
+from .graph import Edge, Operation
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak rates: floating-point operations and bytes per second, and seconds of overhead per call."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    overhead: float
+    transcendental: float = 1e11  # elements of exp, erf, tanh per second
+    datasheet: bool = True
+
+
+# Dense tensor-core rates for 16-bit (fp32 through TF32 is about half); a training step reaches 50 to 60% of either.
+DEVICES: dict[str, Device] = {
+    "h200": Device("h200", 400e12, 4.8e12 * 0.8, 5e-6, 5e12),
+    "h100": Device("h100", 400e12, 3.35e12 * 0.8, 5e-6, 5e12),
+    "a100": Device("a100", 160e12, 2.0e12 * 0.8, 5e-6, 3e12),
+    "l4": Device("l4", 60e12, 0.3e12 * 0.8, 5e-6, 1e12),
+    "rtx4090": Device("rtx4090", 80e12, 1.0e12 * 0.8, 5e-6, 2e12),
+    "cuda": Device("cuda", 160e12, 1.6e12, 5e-6, 3e12),
+    "cpu": Device("cpu", 1e11, 1e10, 5e-6, 5e8),
+}
+
+TRANSCENDENTAL = frozenset(
+    "gelu gelu_backward exp tanh tanh_backward sigmoid sigmoid_backward silu silu_backward erf log _softmax _log_softmax "
+    "_log_softmax_backward_data _softmax_backward_data softplus sin cos pow elu mish sort bernoulli native_dropout".split()
+)
+SOLVERS = {"linalg_inv_ex": 2.0, "linalg_lu_factor_ex": 0.67, "linalg_solve_ex": 1.0, "linalg_cholesky_ex": 0.33}
+
+
+def count_flops(node: fx.Node) -> float:
+    """Floating-point operations of a call, from torch's own registry, with the attention kernels and solvers that it lacks."""
+    name = base_name(node.target)
+    if name in SOLVERS:
+        shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+        return 8 * SOLVERS[name] * math.prod(shape) * shape[-1]  # fp64, and far from peak rates
+    if name.startswith("_scaled_dot_product") and name.endswith("_cpu"):
+        query, key = (node.args[i].meta["val"].shape for i in (0, 1))  # type: ignore[union-attr]
+        return 4.0 * math.prod(query) * key[-2]
+    if name.startswith("_scaled_dot_product") and name.endswith("_cpu_backward"):
+        query, key = (node.args[i].meta["val"].shape for i in (1, 2))  # type: ignore[union-attr]
+        return 10.0 * math.prod(query) * key[-2]
+    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
+    if formula is None:
+        return 0.0
+    args, kwargs = tree_map(lambda item: item.meta["val"] if isinstance(item, fx.Node) else item, (node.args, dict(node.kwargs)))
+    return float(formula(*args, **kwargs, out_val=node.meta["val"]))
+
+
+def base_name(target: Any) -> str:
+    """`aten.gelu_backward.default` -> `gelu_backward`."""
+    packet = getattr(target, "overloadpacket", None)
+    return packet.__name__ if packet is not None else getattr(target, "__name__", str(target))
+
+
+def operation_seconds(operation: Operation, device: Device) -> float:
+    if not operation.new:
+        return 0.0
+    arithmetic = operation.flops / device.flops
+    memory = operation.moved / device.bandwidth
+    special = sum(operation.new) / 4 / device.transcendental if base_name(operation.target) in TRANSCENDENTAL else 0.0
+    return device.overhead + max(arithmetic, memory, special)
+
+
+def edge_seconds(edge: Edge, device: Device) -> float:
+    return sum(operation_seconds(operation, device) for operation in edge.operations)
+
+
+def _seconds(function: Callable[[], Any], repeats: int = 5) -> float:
+    function()
+    best = math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@cache
+def calibrate_cpu() -> Device:
+    """Measure this machine in about a quarter of a second: matrix product, copy, transcendental, call overhead."""
+    with disable_current_modes():
+        return _calibrate()
+
+
+def _calibrate() -> Device:
+    matrix = torch.randn(768, 768)
+    large: Tensor = torch.randn(1 << 22)
+    small = torch.randn(8)
+    product = _seconds(lambda: matrix @ matrix)
+    copied = _seconds(lambda: large + 1.0)
+    special = _seconds(lambda: torch.nn.functional.gelu(large))
+    call = _seconds(lambda: [small + 1.0 for _ in range(100)]) / 100
+    return Device(
+        "cpu",
+        flops=2 * 768**3 / product,
+        bandwidth=8 * large.numel() / copied,
+        overhead=call,
+        transcendental=large.numel() / special,
+        datasheet=False,
+    )
+
+
+def find_device(name: str) -> Device:
+    """The device table for `name`; this CPU is measured, the others come from their datasheets."""
+    return calibrate_cpu() if name == "cpu" else DEVICES[name]

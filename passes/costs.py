@@ -1,0 +1,137 @@
+"""What a segment costs: bytes kept, peaks of its forward and backward pass, and the time it adds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .analysis import Analysis
+from .blocks import Block
+from .cost import operation_seconds
+from .emit import BackwardEmitter, Facts, ForwardEmitter, Segment, Unreachable
+from .graph import Edge, Ref
+from .liveness import simulate
+from .program import Program
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes and seconds of a segment taken alone.
+
+    `own` are the bytes kept apart from those shared with the border before it (`border_in`); `covers_out` says that
+    everything alive at its far border is kept too. `forward_peak` and `backward_peak` include what it keeps.
+    """
+
+    own: int
+    border_in: int
+    covers_in: bool
+    covers_out: bool
+    forward_peak: int
+    backward_peak: int
+    seconds: float
+
+    @property
+    def kept(self) -> int:
+        return self.own + self.border_in
+
+
+def backward_program(facts: Facts, segment: Segment) -> Program:
+    """The segment's backward pass alone: from its output cotangents to its input cotangents and gradients."""
+    blocks = facts.analysis.blocks
+    first, last = blocks[segment.first], blocks[segment.last]
+    given = {*last.cotangents_in, *(last.live_out if segment.strategy == "invert" else ())}
+    outputs = set(facts.analysis.graph.output_values)
+    emitter = BackwardEmitter(facts, segment.kept, given | outputs, segment.span)
+    emitter.run(segment)
+    gradients = [value for index in segment.span for value in blocks[index].gradients]
+    leaving = [*first.cotangents_out, *gradients, *(first.live_in if segment.strategy == "invert" else ())]
+    emitter.ensure(leaving, segment.first)
+    slots = dict.fromkeys(emitter.builder.environment[value] for value in leaving)
+    first_inputs = [value for value in last.cotangents_in if value in emitter.given]
+    return emitter.builder.finish([Ref(slot) for slot in slots], first_inputs)
+
+
+def forward_program(facts: Facts, segment: Segment, handed: Iterable[int]) -> Program:
+    """The segment's forward pass alone, with what it hands to the backward pass."""
+    analysis = facts.analysis
+    handed = [value for value in handed]
+    emitter = ForwardEmitter(analysis, handed)
+    blocks = [analysis.blocks[index] for index in segment.span]
+    for value in blocks[0].live_in:
+        emitter.builder.input(value)
+    emitter.run((edge for block in blocks for edge in block.forward), analysis.block_of)
+    leaving = [v for v in (*blocks[-1].live_out, *handed) if v in emitter.builder.environment]
+    return emitter.builder.finish([Ref(emitter.builder.environment[v]) for v in leaving], blocks[0].live_in)
+
+
+def segment_cost(facts: Facts, segment: Segment) -> Cost | None:
+    """Simulate the segment alone; None when its backward pass cannot be emitted."""
+    analysis = facts.analysis
+    try:
+        backward = backward_program(facts, segment)
+    except Unreachable:
+        return None
+    cotangents = set(analysis.blocks[segment.last].cotangents_in)
+    border = set(analysis.blocks[segment.last].live_out) if segment.strategy == "invert" else set()
+    handed = [value for _, value in backward.inputs if value not in cotangents and value not in border - segment.kept]
+    forward = forward_program(facts, segment, handed)
+    charges = analysis.charges
+    live_in = storages(analysis, analysis.blocks[segment.first].live_in)
+    live_out = storages(analysis, analysis.blocks[segment.last].live_out)
+    kept = {charges[value] for value in handed if charges[value][1]}
+    return Cost(
+        own=sum(size for storage, size in kept if storage not in live_in),
+        border_in=sum(size for storage, size in kept if storage in live_in),
+        covers_in=live_in <= {storage for storage, _ in kept},
+        covers_out=bool(live_out) and live_out <= {storage for storage, _ in kept},
+        forward_peak=simulate(forward, charges).peak,
+        backward_peak=simulate(backward, charges).peak,
+        seconds=_program_seconds(analysis, backward) - _backward_seconds(analysis, segment),
+    )
+
+
+def storages(analysis: Analysis, values: Iterable[int]) -> set[int]:
+    return {analysis.charges[value][0] for value in values if analysis.charges[value][1]}
+
+
+def _program_seconds(analysis: Analysis, program: Program) -> float:
+    return sum(operation_seconds(instruction.operation, analysis.device) for instruction in program.instructions)
+
+
+def _backward_seconds(analysis: Analysis, segment: Segment) -> float:
+    return sum(edge.seconds for index in segment.span for edge in analysis.blocks[index].backward)
+
+
+def signature(analysis: Analysis, block: Block) -> tuple[object, tuple[int, ...]]:
+    """What makes two blocks the same to the planner, and the block's values in the order of that description."""
+    order: dict[int, int] = {}
+    values = analysis.graph.values
+
+    def local(value: int) -> tuple[object, ...]:
+        known = value in order
+        position = order.setdefault(value, len(order))
+        if known:
+            return (position,)
+        item = values[value]
+        return (position, item.shape, item.dtype, item.role, value in analysis.graph.static)
+
+    def edge_key(edge: Edge) -> object:
+        constants = tuple((str(op.target), repr(op.args), repr(op.kwargs), op.new) for op in edge.operations)
+        return (constants, tuple(map(local, edge.needs)), tuple(map(local, edge.gives)), edge.random)
+
+    parts = (
+        block.forward,
+        block.late,
+        block.backward,
+        analysis.inverse[block.index],
+        analysis.vijp[block.index],
+        analysis.shortcuts[block.index],
+    )
+    description = tuple(tuple(edge_key(edge) for edge in part) for part in parts)
+    for value in list(order):
+        if value in analysis.packs:
+            local(analysis.packs[value].kept)
+    for pack in analysis.signs[block.index]:
+        local(pack.kept)
+    borders = (block.live_in, block.live_out, block.demanded, block.cotangents_in, block.cotangents_out, block.gradients)
+    return (description, tuple(tuple(map(local, border)) for border in borders)), tuple(order)

@@ -1,0 +1,328 @@
+"""From a choice of strategies to the two programs of a step: every value is obtained just before its use.
+
+The backward pass walks the segments from last to first. A segment's strategy only decides the *routes*: which edge
+gives a value that is not at hand. Emission itself is the same for all of them, on demand and memoised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from .analysis import Analysis
+from .blocks import Block
+from .graph import Edge, Ref
+from .inverse.solve import Solution, solve
+from .program import Builder, Program
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Blocks `first` to `last` under one strategy; `kept` are the values (packed twins apart) that it keeps."""
+
+    first: int
+    last: int
+    strategy: str
+    kept: frozenset[int]
+
+    @property
+    def span(self) -> range:
+        return range(self.first, self.last + 1)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The forward and the backward program, and the values handed from one to the other, in order."""
+
+    forward: Program
+    backward: Program
+    kept: tuple[int, ...]
+
+
+class Unreachable(Exception):
+    """A value that the backward pass needs can be neither kept, recomputed nor solved for."""
+
+
+def block_solution(analysis: Analysis, block: Block, kept: Iterable[int] = ()) -> Solution:
+    """Solve a block's input values, and all that its backward pass reads, from its outputs."""
+    edges = (*analysis.static_edges, *analysis.recover(block), *analysis.inverse[block.index])
+    known = {*block.live_out, *analysis.graph.static, *kept, *_packed(analysis, block)}
+    return solve(edges, known, (*block.live_in, *block.demanded))
+
+
+def _packed(analysis: Analysis, block: Block) -> set[int]:
+    """Random values must be kept, whatever the strategy: they are known."""
+    return {v for edge in (*block.forward, *block.late) if edge.random for v in random_residue(analysis, edge)}
+
+
+def random_residue(analysis: Analysis, edge: Edge) -> tuple[int, ...]:
+    """What is kept of a random operation: of a dropout the mask, of anything else all of its results."""
+    replay = analysis.replays.get(edge.gives)
+    return edge.gives if replay is None else tuple(v for v in replay.needs if v in edge.gives)
+
+
+@dataclass(frozen=True)
+class Spine:
+    """How a block's input cotangents follow from its output cotangents, and what of the forward pass that reads."""
+
+    solution: Solution
+    residuals: tuple[int, ...]
+    missing: tuple[int, ...]
+
+
+def block_spine(analysis: Analysis, block: Block) -> Spine:
+    """The cheapest spine: reading a value of the forward pass costs its bytes, a bit per element where bits will do."""
+    graph, bandwidth = analysis.graph, 1e9
+    packs = [*analysis.signs[block.index], *(analysis.packs[v] for v in _spine_reads(analysis, block) if v in analysis.packs)]
+    packs += [analysis.packs[v] for e in analysis.shortcuts[block.index] for v in e.needs if v in analysis.packs]
+    packs = list({pack.kept: pack for pack in packs}.values())
+    readable = {*(pack.kept for pack in packs), *_spine_reads(analysis, block)}
+    reading = [
+        Edge((v,), (), (), (), "residual", seconds=graph.values[graph.values[v].storage].bytes / bandwidth) for v in readable
+    ]
+    edges = (
+        *reading,
+        *analysis.static_edges,
+        *(pack.decode for pack in packs),
+        *block.backward,
+        *analysis.shortcuts[block.index],
+    )
+    found = solve(edges, {*block.cotangents_in, *graph.static}, block.cotangents_out)
+    residuals = [edge.gives[0] for edge in found.program(block.cotangents_out)] if not found.missing else []
+    used = {value for value in residuals if found.edge[value].label == "residual"}
+    return Spine(found, tuple(sorted(used)), found.missing)
+
+
+def _spine_reads(analysis: Analysis, block: Block) -> set[int]:
+    graph = analysis.graph
+    edges = (*block.backward, *analysis.shortcuts[block.index])
+    return {v for e in edges for v in e.needs if v < len(analysis.capture.graph.values) and graph.values[v].stage != "backward"} - graph.static
+
+
+def block_sweep(analysis: Analysis, block: Block) -> Solution:
+    """Solve a block's output cotangents and its parameter gradients from its input values and input cotangents."""
+    edges = (
+        *analysis.static_edges,
+        *analysis.recover(block),
+        *block.backward,
+        *analysis.vijp[block.index],
+        *(edge for edge in analysis.shortcuts[block.index] if not any(v >= len(analysis.capture.graph.values) for v in edge.needs)),
+    )
+    known = {*block.live_in, *block.cotangents_out, *analysis.graph.static, *_packed(analysis, block)}
+    return solve(edges, known, (*block.live_out, *block.cotangents_in, *block.gradients))
+
+
+class Facts:
+    """The solutions of single blocks, computed when first asked for."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
+        self._cache: dict[tuple[str, int], Any] = {}
+
+    def _once(self, kind: str, index: int, function: Callable[[Analysis, Block], Any]) -> Any:
+        if (kind, index) not in self._cache:
+            self._cache[kind, index] = function(self.analysis, self.analysis.blocks[index])
+        return self._cache[kind, index]
+
+    def inversion(self, index: int) -> Solution:
+        return cast(Solution, self._once("inversion", index, block_solution))
+
+    def spine(self, index: int) -> Spine:
+        return cast(Spine, self._once("spine", index, block_spine))
+
+    def sweep(self, index: int) -> Solution:
+        return cast(Solution, self._once("sweep", index, block_sweep))
+
+
+class BackwardEmitter:
+    """Emits segments, last to first. `kept` values and `given` ones (cotangents, borders) are arguments when read."""
+
+    def __init__(
+        self, facts: Facts, kept: Iterable[int], given: Iterable[int], span: Iterable[int] | None = None
+    ) -> None:
+        self.facts, self.analysis, self.graph = facts, facts.analysis, facts.analysis.graph
+        self.builder = Builder(self.graph)
+        self.kept, self.given = frozenset(kept), frozenset(given)
+        self.routes: dict[int, Edge] = {}
+        self.default = self._forward_routes(range(len(self.analysis.blocks)) if span is None else span)
+
+    def _forward_routes(self, span: Iterable[int]) -> Mapping[int, Edge]:
+        edges = [*self.analysis.static_edges]
+        for index in span:
+            edges += self.analysis.recover(self.analysis.blocks[index])
+        found = solve(edges, self.kept | self.given | self.graph.static, ())
+        return found.edge
+
+    def route(self, value: int) -> Edge | None:
+        """The edge to emit for a value, or None when it is an argument of the backward program."""
+        if value in self.kept:
+            pack = self.analysis.packs.get(value)
+            return None if pack is None else pack.decode
+        if value in self.graph.static:
+            return self.graph.definition.get(value)
+        if value in self.given:
+            return None
+        edge = self.routes.get(value) or self.default.get(value)
+        if edge is None:
+            raise Unreachable(self.graph.values[value].name)
+        return edge
+
+    def ensure(self, values: Iterable[int], block: int) -> None:
+        stack = list(values)[::-1]
+        while stack:
+            value = stack[-1]
+            if value in self.builder.environment:
+                stack.pop()
+                continue
+            edge = self.route(value)
+            if edge is None:
+                self.builder.input(value)
+                stack.pop()
+                continue
+            waiting = [need for need in edge.needs if need not in self.builder.environment]
+            if waiting:
+                stack.extend(reversed(waiting))
+            else:
+                self.builder.emit(edge, block)
+                stack.pop()
+            if len(stack) > 100_000:
+                raise Unreachable(self.graph.values[value].name)
+
+    def run(self, segment: Segment) -> None:
+        if segment.strategy == "moonwalk":
+            self._moonwalk(segment)
+            return
+        for index in reversed(segment.span):
+            block = self.analysis.blocks[index]
+            if segment.strategy == "invert":
+                found = self.facts.inversion(index)
+                self.routes.update(found.edge)
+                self.ensure(block.live_in, index)
+            self._backward(block)
+
+    def _backward(self, block: Block) -> None:
+        for edge in block.backward:
+            if all(value in self.builder.environment for value in edge.gives) and edge.gives:
+                continue
+            self.ensure(edge.needs, block.index)
+            self.builder.emit(edge, block.index)
+
+    def _moonwalk(self, segment: Segment) -> None:
+        """The spine from last block to first, then the sweep from first to last."""
+        blocks = [self.analysis.blocks[index] for index in segment.span]
+        leaving = {*blocks[0].cotangents_out}
+        before = set(self.builder.environment)
+        for block in reversed(blocks):
+            spine = self.facts.spine(block.index).solution.edge
+            self.routes.update({value: edge for value, edge in spine.items() if edge.label != "residual"})
+            self.ensure(block.cotangents_out, block.index)
+        inside = (set(self.builder.environment) - before) | {*blocks[-1].cotangents_in}
+        self.builder.forget(inside - leaving)
+        for block in blocks:
+            self.routes.update(self.facts.sweep(block.index).edge)
+        for block in blocks:
+            self.ensure(block.gradients, block.index)
+
+
+class ForwardEmitter:
+    """Emits forward edges in their order; what is packed or kept of late values comes right behind its producer."""
+
+    def __init__(self, analysis: Analysis, kept: Iterable[int]) -> None:
+        self.analysis, self.graph = analysis, analysis.graph
+        self.builder = Builder(analysis.graph)
+        self.waiting = self._extras(frozenset(kept))
+
+    def _extras(self, kept: frozenset[int]) -> list[Edge]:
+        definition = dict(self.graph.definition)
+        for pack in (*self.analysis.packs.values(), *(p for packs in self.analysis.signs for p in packs)):
+            definition[pack.kept] = pack.encode
+        stack, edges = sorted(kept), {}
+        while stack:
+            value = stack.pop()
+            edge = definition.get(value)
+            if edge is not None and edge.stage == "late" and value not in edges:
+                edges[value] = edge
+                stack.extend(edge.needs)
+        order = {id(edge): position for position, edge in enumerate(self.graph.edges)}
+        unique = {id(edge): edge for edge in edges.values()}
+        return sorted(unique.values(), key=lambda e: (e.kind == "codec", order.get(id(e), 0)))
+
+    def run(self, edges: Iterable[Edge], block_of: dict[int, int]) -> None:
+        self._flush(0)
+        for edge in edges:
+            if edge.gives and self.graph.static.issuperset(edge.gives):
+                continue  # a view of an input: emitted by its first reader
+            block = block_of.get(edge.gives[0], 0) if edge.gives else len(self.analysis.blocks) - 1
+            self._read(edge, block)
+            self.builder.emit(edge, block)
+            self._flush(block)
+
+    def _read(self, edge: Edge, block: int) -> None:
+        for value in edge.needs:
+            self.read_value(value, block)
+
+    def read_value(self, value: int, block: int = 0) -> None:
+        """Make an input, or a view of one, available."""
+        if value in self.builder.environment:
+            return
+        edge = self.graph.definition.get(value)
+        if edge is None:
+            self.builder.input(value)
+            return
+        self._read(edge, block)
+        self.builder.emit(edge, block)
+
+    def _flush(self, block: int) -> None:
+        available = self.builder.environment
+        primals = set(self.graph.primals) | self.graph.static
+        progress = bool(self.waiting)
+        while progress:
+            progress = False
+            for edge in list(self.waiting):
+                if all(value in available or value in primals for value in edge.needs):
+                    self._read(edge, block)
+                    self.builder.emit(edge, block)
+                    self.waiting.remove(edge)
+                    progress = True
+
+
+def stored(analysis: Analysis, value: int) -> int:
+    """The value that is really handed over for a kept one: its packed twin where there is one."""
+    pack = analysis.packs.get(value)
+    return value if pack is None else pack.kept
+
+
+def emit(facts: Facts, segments: Sequence[Segment]) -> Schedule:
+    """The two programs of a plan. Raises `Unreachable` when the segments do not keep enough."""
+    analysis, graph = facts.analysis, facts.analysis.graph
+    kept = {value for segment in segments for value in segment.kept}
+    given = {*graph.tangents, *graph.output_values}
+    emitter = BackwardEmitter(facts, kept, given)
+    for segment in reversed(segments):
+        emitter.run(segment)
+    emitter.ensure(graph.gradient_values, 0)
+    for edge in graph.stage_edges("backward"):
+        if edge.effect:
+            emitter.ensure(edge.needs, 0)
+            emitter.builder.emit(edge, 0)
+    tangents = list(graph.tangents)
+    handed = [value for value in emitter.builder.inputs if value not in set(tangents)]
+    gradients = _resolve(graph.gradients, emitter.builder)
+    backward = emitter.builder.finish(gradients, [*handed, *tangents])
+    forward = emit_forward(analysis, handed)
+    return Schedule(forward, backward, tuple(handed))
+
+
+def emit_forward(analysis: Analysis, handed: Sequence[int]) -> Program:
+    graph = analysis.graph
+    emitter = ForwardEmitter(analysis, handed)
+    emitter.run(graph.stage_edges("forward"), analysis.block_of)
+    for value in (*graph.output_values, *handed):
+        emitter.read_value(value, len(analysis.blocks) - 1)
+    outputs = (*_resolve(graph.outputs, emitter.builder), *(Ref(emitter.builder.environment[v]) for v in handed))
+    return emitter.builder.finish(outputs, graph.primals)
+
+
+def _resolve(results: Iterable[Any], builder: Builder) -> tuple[Any, ...]:
+    return tuple(Ref(builder.environment[item.slot]) if isinstance(item, Ref) else item for item in results)

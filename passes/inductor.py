@@ -1,0 +1,181 @@
+"""Lower one straight-line piece of the rewritten joint graph through Inductor, and say what memory it will use.
+
+`lower` re-traces a piece with Inductor's decompositions, runs the passes that `compile_fx_inner` leaves to its
+caller, and compiles. The piece keeps our node order and its outputs keep the strides of their fake values. The memory
+profile is read from the generated wrapper (`wrapper_memory`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from ._torch_compat_inductor import (
+    CompiledFxGraph,
+    FakeTensorMode,
+    TracingContext,
+    V,
+    compile_fx_inner,
+    disable_current_modes,
+    inductor_config,
+    joint_graph_passes,
+    select_decomp_table,
+    tracing,
+)
+from .wrapper_memory import MemoryEvent, OutputStorage, ProfileUnknown, Workspace, no_workspace, peak, replay, separate
+
+__all__ = ["Lowered", "MemoryEvent", "OutputStorage", "ProfileUnknown", "lower", "peak"]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A compiled piece. `call` takes one list, empties it, and drops each argument after its last use."""
+
+    call: Callable[[list[Any]], Sequence[Any]]
+    profile: tuple[MemoryEvent, ...]
+    outputs: tuple[OutputStorage, ...]
+    source: str
+
+
+def lower(
+    gm: GraphModule,
+    *,
+    is_backward: bool,
+    static_inputs: Sequence[int] = (),
+    exact_strides: Sequence[int] | None = None,
+    workspace: Workspace = no_workspace,
+    profiled: bool = True,
+) -> Lowered:
+    """Compile `gm` (placeholders carry `meta["val"]`, the output is a flat tuple or list) and profile the result.
+
+    `static_inputs`: arguments at the same address in every call (parameters, buffers). `exact_strides`: outputs that
+    must have the strides of their fake values (default: all); Inductor picks the others' (`outputs[i].stride` tells).
+    `workspace`: what operations hold within their call. `profiled=False` skips the reading of the wrapper and leaves
+    `profile` and `outputs` empty. Raises `ProfileUnknown`; compile errors are Inductor's own.
+    """
+    constants = _constants(gm)
+    values = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+    static = [*static_inputs, *range(len(values), len(values) + len(constants))]
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with _isolated(mode):
+        fakes = [separate(value, mode) for value in (*values, *constants.values())]
+        traced = _decompose(gm, list(constants), fakes, mode)
+        _keep_strides(traced, exact_strides)
+        compiled = compile_fx_inner(traced, fakes, is_backward=is_backward, static_input_idxs=static)
+    if not isinstance(compiled, CompiledFxGraph):
+        return _pass_through(traced, list(constants.values()), len(values))
+    call = _with_constants(compiled, list(constants.values()))
+    if not profiled:
+        return Lowered(call, (), (), compiled.source_code)
+    events, outputs = replay(compiled.source_code, fakes, compiled.constants or {}, workspace)
+    mine = tuple(e for e in events if e.argument is None or e.argument < len(values))
+    return Lowered(call, mine, outputs, compiled.source_code)
+
+
+@contextlib.contextmanager
+def _isolated(mode: FakeTensorMode) -> Iterator[None]:
+    """Hide the surrounding compilation, and fix the switches that the calling convention and the replay rely on.
+
+    AOTAutograd's tracing context would tell Inductor which of *its* backward inputs it may overwrite (donated
+    buffers), and collects the output strides of *its* graph; both are wrong for a piece. A context of our own, with a
+    shape environment, is what Inductor's graph cache asks for.
+    """
+    switches = {
+        "freezing": False,
+        "triton.cudagraphs": False,
+        "cpp_wrapper": False,
+        "fx_wrapper": False,
+        "graph_partition": False,  # one function `call`, no partitions behind a runner
+        "memory_planning": False,  # pools would hide frees
+        "wrap_inductor_compiled_regions": False,
+    }
+    context = TracingContext(mode)
+    with tracing(context), disable_current_modes(), inductor_config.patch(switches), torch.no_grad():
+        yield
+
+
+def _constants(gm: GraphModule) -> dict[str, torch.Tensor]:
+    """Tensor attributes the graph reads, by name. As extra arguments, they are not baked into a cached graph."""
+    names = dict.fromkeys(str(node.target) for node in gm.graph.find_nodes(op="get_attr"))
+    found = {name: _attribute(gm, name) for name in names}
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def _attribute(gm: GraphModule, name: str) -> Any:
+    value: Any = gm
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+class _Lifted(Interpreter):
+    """Runs a graph in its own order, with tensor attributes taken from a table."""
+
+    def __init__(self, gm: GraphModule, constants: dict[str, torch.Tensor]) -> None:
+        super().__init__(gm)
+        self.constants = constants
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.constants[target] if target in self.constants else super().get_attr(target, args, kwargs)
+
+
+def _decompose(gm: GraphModule, constants: list[str], fakes: list[Any], mode: Any) -> GraphModule:
+    """Inductor's dialect of `gm`, with one extra placeholder per constant, ready for `compile_fx_inner`."""
+    arguments = len(fakes) - len(constants)
+
+    def run(*args: Any) -> Any:
+        return _Lifted(gm, dict(zip(constants, args[arguments:], strict=True))).run(*args[:arguments])
+
+    with mode:
+        traced = make_fx(run, decomposition_table=select_decomp_table())(*fakes)
+    # An unused random operation (attention counts as one) passes for impure, and would be computed for nothing.
+    traced.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
+    with V.set_fake_mode(mode):
+        return joint_graph_passes(traced)
+
+
+def _keep_strides(traced: GraphModule, exact: Sequence[int] | None) -> None:
+    """Tell Inductor which outputs must have the strides they were traced with: by default it may choose any."""
+    tensors = [i for i, n in enumerate(_returned(traced)) if isinstance(n, Node)]
+    kept = tensors if exact is None else [i for i in tensors if i in exact]
+    traced.graph.output_node().meta["user_visible_output_idxs"] = kept
+    traced.meta["exact_strides"] = kept  # Inductor's cache key covers the module's meta, but not a node's
+
+
+def _returned(gm: GraphModule) -> list[Any]:
+    (values,) = gm.graph.output_node().args
+    return list(cast("Sequence[Any]", values))
+
+
+def _with_constants(compiled: Any, constants: list[torch.Tensor]) -> Callable[[list[Any]], Sequence[Any]]:
+    """`compiled` is boxed already; the constants go on the end of the same list: nothing else holds the arguments."""
+    if not constants:
+        return compiled
+
+    def call(args: list[Any]) -> Sequence[Any]:
+        args.extend(constants)
+        return compiled(args)
+
+    return call
+
+
+def _pass_through(gm: GraphModule, constants: list[torch.Tensor], arguments: int) -> Lowered:
+    """A piece without operations: its outputs are its arguments (Inductor hands back an unboxed function for these)."""
+    order = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    picks = [order[n] if isinstance(n, Node) else None for n in _returned(gm)]
+
+    def call(args: list[Any]) -> Sequence[Any]:
+        given = [*args, *constants]
+        args.clear()
+        return [None if i is None else given[i] for i in picks]
+
+    dropped = (MemoryEvent(0, i) for i in range(arguments) if i not in picks)
+    outputs = (OutputStorage(argument=i if i is not None and i < arguments else None) for i in picks)
+    return Lowered(call, tuple(dropped), tuple(outputs), "")

@@ -1,0 +1,24 @@
+"""Inverse rules and the engine that chains them. One table per family; the whole registry is the union below."""
+
+from __future__ import annotations
+
+from .edges import RULES, inverse_edges, make_call
+from .residuals import packing_of_reader, packing_of_value
+from .rule import Call, Packing, Recipe, Region, Rule
+from .solve import Solution, solve
+
+
+__all__ = [
+    "RULES",
+    "Call",
+    "Packing",
+    "Recipe",
+    "Region",
+    "Rule",
+    "Solution",
+    "inverse_edges",
+    "make_call",
+    "packing_of_reader",
+    "packing_of_value",
+    "solve",
+]

@@ -1,0 +1,202 @@
+"""From rules to edges: every call and region of a captured step becomes ways to solve for what it read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capture import Capture
+from ..cost import Device, edge_seconds
+from ..graph import Edge, Graph, Kind, Operation, Ref, refs_in
+from ..trace import trace_operations
+from . import convolution, linear, pointwise, shape
+from .regions import find_regions
+from .rule import Call, Recipe, Region, Rule
+
+RULES: dict[str, Rule] = {**pointwise.RULES, **shape.RULES, **linear.RULES, **convolution.RULES}
+
+
+def make_call(capture: Capture, edge: Edge, orthogonal: frozenset[int] = frozenset()) -> Call:
+    """What a rule sees of an edge of the joint graph; `orthogonal` are values, not positions."""
+    operation = edge.operations[0]
+    return Call(
+        edge.label,
+        tuple(operation.args),
+        operation.kwargs,
+        tuple(capture.fake(value) for value in edge.needs),
+        _outputs(capture, edge),
+        frozenset(position for position, value in enumerate(edge.needs) if value in orthogonal),
+    )
+
+
+def _outputs(capture: Capture, edge: Edge) -> tuple[Tensor | None, ...]:
+    fakes = [capture.fake(value) for value in edge.gives]
+    places = result_places(edge)
+    if not edge.gives or edge.results == (len(edge.needs),):
+        return tuple(fakes)
+    whole = capture.nodes[edge.gives[0]].args[0]
+    given = dict(zip(places, fakes, strict=True))
+    return tuple(given.get(i) for i in range(len(whole.meta["val"])))  # type: ignore[union-attr]
+
+
+def result_places(edge: Edge) -> list[int]:
+    """The position of each of `edge.gives` in the result of the call."""
+    if edge.results == (len(edge.needs),):
+        return [0]
+    return [edge.operations[result - len(edge.needs)].args[1] for result in edge.results]
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A recipe that was traced and found to give tensors of the right shapes, dtypes and layouts."""
+
+    recipe: Recipe
+    operations: tuple[Operation, ...]
+    results: tuple[int, ...]
+
+
+def _signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    return tuple(t is not None and (tuple(t.shape), t.dtype, t.stride(), t.device) for t in tensors)
+
+
+def _dense_strides(fake: Tensor) -> tuple[int, ...]:
+    """The strides that are asked of a solved value: its own, without the gaps of a piece of a larger storage."""
+    return tuple(torch.empty_like(fake).stride())
+
+
+def lay_out(tensor: Tensor, strides: Sequence[int]) -> Tensor:
+    """`tensor` with these dense strides; copied only where they differ in a dimension longer than one."""
+    if all(a == b for a, b, size in zip(tensor.stride(), strides, tensor.shape, strict=True) if size != 1):
+        return tensor
+    order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
+    back = sorted(range(tensor.dim()), key=order.__getitem__)
+    return tensor.permute(order).contiguous().permute(back)
+
+
+def _trace(
+    function: Callable[..., Any], inputs: Sequence[Tensor], solved: Sequence[Tensor]
+) -> tuple[tuple[Operation, ...], tuple[int, ...]] | None:
+    """The operations of `function` ending in the layout of `solved`, or None if its results are something else."""
+    strides = [_dense_strides(fake) for fake in solved]
+
+    def laid_out(*arguments: Tensor) -> Any:
+        results = function(*arguments)
+        listed = [results] if isinstance(results, Tensor) else list(results)
+        return [_match(result, like, wanted) for result, like, wanted in zip(listed, solved, strides, strict=True)]
+
+    with torch.no_grad():
+        operations, slots, fakes = trace_operations(laid_out, inputs)
+    same = all((a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) for a, b in zip(fakes, solved, strict=True))
+    return (operations, slots) if same else None
+
+
+def _match(result: Tensor, like: Tensor, strides: Sequence[int]) -> Tensor:
+    return lay_out(result, strides) if result.shape == like.shape else result
+
+
+def _sound(call: Call, recipe: Recipe) -> bool:
+    """Whether all that the recipe needs is there, and nothing that it solves for stands in the call twice."""
+    places = [ref.slot for ref in refs_in((call.args, call.kwargs))]
+    return (
+        all(call.outputs[position] is not None for position in recipe.outputs)
+        and all(places.count(position) == 1 for position in recipe.solves)
+        and not set(recipe.solves) & set(recipe.reads)
+    )
+
+
+class _Inverter:
+    """Traces each distinct recipe once: a net has hundreds of identical layers."""
+
+    def __init__(self, capture: Capture, device: Device, orthogonal: frozenset[int]) -> None:
+        self.capture, self.device, self.orthogonal = capture, device, orthogonal
+        self.traces: dict[Any, tuple[_Traced, ...]] = {}
+        self.region_traces: dict[Any, tuple[tuple[Operation, ...], tuple[int, ...]] | None] = {}
+
+    def of_edge(self, edge: Edge) -> Iterator[Edge]:
+        """The inverse edges of one call."""
+        graph = self.capture.graph
+        for traced in self._traced(edge):
+            recipe = traced.recipe
+            items = dict(zip(result_places(edge), edge.gives, strict=True))
+            gives = tuple(edge.needs[position] for position in recipe.solves)
+            if all(_is_constant(graph, value) for value in gives):
+                continue
+            needs = tuple(items[position] for position in recipe.outputs) + tuple(edge.needs[p] for p in recipe.reads)
+            yield self._finish(
+                Edge(
+                    gives, needs, traced.operations, traced.results, f"inverse of {edge.label}",
+                    sequence=edge.sequence, source=edge.source,
+                ),
+                "inverse",
+            )  # fmt: skip
+
+    def of_region(self, region: Region) -> Iterator[Edge]:
+        fakes = [self.capture.fake(value) for value in region.needs]
+        solved = [self.capture.fake(value) for value in region.gives]
+        function = region.function
+        constants = (function.func, function.args, repr(function.keywords)) if isinstance(function, partial) else function
+        key = (constants, _signature(fakes), _signature(solved))
+        if key not in self.region_traces:
+            self.region_traces[key] = _trace(function, fakes, solved)
+        traced = self.region_traces[key]
+        if traced is not None:
+            edge = Edge(region.gives, region.needs, *traced, region.label)
+            yield self._finish(edge, "inverse" if region.inverse else "forward")
+
+    def _finish(self, edge: Edge, kind: Kind) -> Edge:
+        stages = {self.capture.graph.values[value].stage for value in (*edge.gives, *edge.needs)}
+        stage = "backward" if "backward" in stages else "forward"
+        return replace(edge, kind=kind, stage=stage, seconds=edge_seconds(edge, self.device))
+
+    def _traced(self, edge: Edge) -> tuple[_Traced, ...]:
+        rule = RULES.get(edge.label)
+        if rule is None or edge.random or edge.effect:
+            return ()
+        call = make_call(self.capture, edge, self.orthogonal)
+        if not all(isinstance(tensor, Tensor) for tensor in call.tensors):
+            return ()
+        arguments = repr((call.args, sorted(call.kwargs.items())))
+        key = (call.name, arguments, _signature(call.tensors), _signature(call.outputs), call.orthogonal)
+        if key not in self.traces:
+            self.traces[key] = tuple(_trace_recipes(call, rule))
+        return self.traces[key]
+
+
+def _trace_recipes(call: Call, rule: Rule) -> Iterator[_Traced]:
+    for recipe in rule(call):
+        if not _sound(call, recipe):
+            continue
+        outputs = [call.outputs[position] for position in recipe.outputs]
+        inputs = [fake for fake in outputs if fake is not None] + [call.tensors[p] for p in recipe.reads]
+        traced = _trace(recipe.function, inputs, [call.tensors[position] for position in recipe.solves])
+        if traced is not None:
+            yield _Traced(recipe, *traced)
+
+
+def _is_constant(graph: Graph, value: int) -> bool:
+    """Parameters, buffers and their views need no solving."""
+    return graph.values[graph.values[value].storage].role in ("parameter", "buffer")
+
+
+def inverse_edges(
+    capture: Capture, device: Device, is_orthogonal_input: Callable[[int], bool] = lambda _: False
+) -> tuple[Edge, ...]:
+    """All the ways to solve for values of the step: edges of kind "inverse", and of kind "forward" for shortcuts.
+
+    An edge is of stage "backward" if it touches a cotangent. A solved value has the shape, dtype and strides of the
+    one it replaces; if that was a piece of a larger storage, it is dense in the same order of dimensions.
+    `is_orthogonal_input` says whether a primal is a matrix with orthonormal rows or columns.
+    """
+    orthogonal = linear.orthogonal_values(capture, is_orthogonal_input)
+    inverter = _Inverter(capture, device, orthogonal)
+    found = [inverse for edge in capture.graph.edges for inverse in inverter.of_edge(edge)]
+    found += [inverse for region in find_regions(capture) for inverse in inverter.of_region(region)]
+    return tuple(found)
+
+
+_ = Ref

@@ -1,0 +1,165 @@
+"""Making programs run: FX code on ATen kernels ("eager"), or Inductor, as one graph or piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .analysis import Analysis
+from .emit import Schedule
+from .graph import refs_in
+from .inductor import Lowered, lower
+from .liveness import Heap, Timeline
+from .pieces import Piece, cut_pieces, group_by_block
+from .program import Program
+from .rewrite import to_module
+
+Boxed = Callable[[list[Any]], Sequence[Any]]
+FEW = 150  # instructions below which a program is lowered whole
+
+
+@dataclass(frozen=True)
+class Half:
+    """One half of the step, runnable. `timeline` is the memory use of what was generated (None: as simulated)."""
+
+    call: Boxed
+    timeline: Timeline | None = None
+    pieces: int = 1
+
+
+def boxed_eager(module: fx.GraphModule) -> Boxed:
+    """FX code that takes its arguments in one list and frees each after its last use."""
+    module.graph.set_codegen(torch.fx.graph._BoxedCodeGen())
+    module.recompile()
+    function = module.forward
+
+    def call(arguments: list[Any]) -> Sequence[Any]:
+        return function(arguments)  # type: ignore[no-any-return]
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+@dataclass(frozen=True)
+class _Call:
+    function: Boxed
+    arguments: tuple[int, ...]
+    dying: tuple[int, ...]
+    results: tuple[int, ...]
+
+
+def boxed_sequence(program: Program, calls: Sequence[_Call]) -> Boxed:
+    """The straight-line outer program: calls pieces, handing over the last reference to what dies in them."""
+    inputs = [slot for slot, _ in program.inputs]
+    outputs = tuple(program.outputs)
+    live_out = {ref.slot for ref in refs_in(outputs)}
+    read = {slot for call in calls for slot in call.arguments} | live_out
+    unread = [place for place, slot in enumerate(inputs) if slot not in read]
+
+    def run(arguments: list[Any]) -> Sequence[Any]:
+        for place in unread:
+            arguments[place] = None
+        slots = dict(zip(inputs, arguments, strict=True))
+        arguments.clear()
+        for call in calls:
+            handed = [slots[slot] for slot in call.arguments]
+            for slot in call.dying:
+                del slots[slot]
+            slots.update(zip(call.results, call.function(handed), strict=True))
+            del handed
+        return tuple(slots[item.slot] if hasattr(item, "slot") else item for item in outputs)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+class Lowerer:
+    """Lowers programs; every distinct piece is compiled once, also across plans of the same step."""
+
+    def __init__(self, analysis: Analysis, root: torch.nn.Module, lowering: str) -> None:
+        self.analysis, self.root, self.lowering = analysis, root, lowering
+        self.compiled: dict[object, Lowered] = {}
+
+    def halves(self, schedule: Schedule, pinned: Sequence[int]) -> tuple[Half, Half]:
+        return self.half(schedule.forward, False, ()), self.half(schedule.backward, True, pinned)
+
+    def half(self, program: Program, is_backward: bool, pinned: Sequence[int]) -> Half:
+        if self.lowering == "eager":
+            return Half(boxed_eager(to_module(self.analysis, program, self.root, "Moonwalk")))
+        groups = group_by_block(program)
+        pieces = cut_pieces(self.analysis, program, groups)
+        if len(program.instructions) <= FEW or 2 * len({piece.key for piece in pieces}) > len(pieces):
+            pieces = cut_pieces(self.analysis, program, [program.instructions])
+        calls, lowered = [], []
+        for piece in pieces:
+            done = self._compile(piece, is_backward)
+            lowered.append(done)
+            dying = tuple(piece.arguments[place] for place in piece.dying)
+            calls.append(_Call(done.call, piece.arguments, dying, piece.results))
+        timeline = replay_pieces(self.analysis, program, pieces, lowered, pinned)
+        return Half(boxed_sequence(program, calls), timeline, len({piece.key for piece in pieces}))
+
+    def _compile(self, piece: Piece, is_backward: bool) -> Lowered:
+        key = (is_backward, piece.key)
+        if key not in self.compiled:
+            module = to_module(self.analysis, piece.program, self.root, "MoonwalkPiece")
+            roles = [self.analysis.graph.values[value].role for _, value in piece.program.inputs]
+            static = [place for place, role in enumerate(roles) if role in ("parameter", "buffer")]
+            self.compiled[key] = lower(module, is_backward=is_backward, static_inputs=static)
+        return self.compiled[key]
+
+
+def replay_pieces(
+    analysis: Analysis, program: Program, pieces: Sequence[Piece], lowered: Sequence[Lowered], pinned: Sequence[int]
+) -> Timeline:
+    """Live bytes through the generated code: each piece's own events, inside the outer program."""
+    heap = Heap()
+    held: dict[int, tuple[int, int]] = {}
+    for slot, value in program.inputs:
+        storage, size = analysis.charges[value]
+        held[slot] = (-1, storage)
+        heap.take(held[slot], size)
+    for value in pinned:
+        storage, size = analysis.charges[value]
+        heap.take((-1, storage), size)
+    start, during = heap.live, []
+    read = {slot for piece in pieces for slot in piece.arguments} | {ref.slot for ref in refs_in(program.outputs)}
+    for slot, _ in program.inputs:
+        if slot not in read:
+            heap.drop(held.pop(slot))
+    for number, (piece, done) in enumerate(zip(pieces, lowered, strict=True)):
+        during += _replay_piece(heap, held, number, piece, done)
+    return Timeline(tuple(during), start, heap.live)
+
+
+def _replay_piece(
+    heap: Heap, held: dict[int, tuple[int, int]], number: int, piece: Piece, done: Lowered
+) -> list[int]:
+    during = []
+    dying = set(piece.dying)
+    dropped: set[int] = set()
+    for slot, output in zip(piece.results, done.outputs, strict=True):
+        if output.argument is not None:  # a view of an argument: holds it from before the argument is dropped
+            held[slot] = held[piece.arguments[output.argument]]
+            heap.take(held[slot], heap.size[held[slot]])
+    for event in done.profile:
+        if event.argument is None:
+            heap.live += event.bytes
+        elif event.argument in dying:
+            dropped.add(event.argument)
+            heap.drop(held[piece.arguments[event.argument]])
+        during.append(heap.live)
+    for place, (slot, output) in enumerate(zip(piece.results, done.outputs, strict=True)):
+        if output.argument is not None:
+            continue
+        held[slot] = held[piece.results[output.output]] if output.output is not None else (number, place)
+        heap.live -= output.bytes  # allocated by an event; from here on it is counted by its holders
+        heap.take(held[slot], output.bytes)
+    for place in dying - dropped:
+        heap.drop(held[piece.arguments[place]])
+    return [*during, heap.live]
+

@@ -1,0 +1,96 @@
+"""Cutting a program into pieces that are lowered one by one, each distinct piece once.
+
+The blocks of a deep network repeat, and so do the pieces of its programs: compile time stops growing with depth, and
+nothing is reordered across pieces, so the peak stays what was planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .analysis import Analysis
+from .graph import Ref, map_refs, refs_in
+from .program import Instruction, Program
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of instructions: a program of its own over local slots, and where these stand in the whole.
+
+    `program.inputs` name values only where they have one; `arguments` and `results` are slots of the whole program,
+    `dying` the positions of arguments that nobody reads afterwards.
+    """
+
+    program: Program
+    arguments: tuple[int, ...]
+    results: tuple[int, ...]
+    dying: tuple[int, ...]
+    key: object
+
+
+def group_by_block(program: Program) -> list[list[Instruction]]:
+    groups: list[list[Instruction]] = []
+    for instruction in program.instructions:
+        if not groups or groups[-1][-1].block != instruction.block:
+            groups.append([])
+        groups[-1].append(instruction)
+    return groups
+
+
+def cut_pieces(analysis: Analysis, program: Program, groups: Sequence[Sequence[Instruction]]) -> list[Piece]:
+    """The pieces in order. Views of arguments are made anew in each piece that reads them, not handed over."""
+    value_of = {slot: value for slot, value in program.inputs}
+    value_of |= {i.slot: i.value for group in groups for i in group if i.value is not None}
+    last_group: dict[int, int] = {}
+    for position, group in enumerate(groups):
+        for instruction in group:
+            for slot in instruction.operation.reads:
+                last_group[slot] = position
+    for ref in refs_in(program.outputs):
+        last_group[ref.slot] = len(groups)
+    return [_piece(analysis, group, position, value_of, last_group) for position, group in enumerate(groups)]
+
+
+def _piece(
+    analysis: Analysis,
+    group: Sequence[Instruction],
+    position: int,
+    value_of: Mapping[int, int],
+    last_group: Mapping[int, int],
+) -> Piece:
+    made = {instruction.slot for instruction in group}
+    reads = [slot for instruction in group for slot in instruction.operation.reads if slot not in made]
+    arguments = tuple(dict.fromkeys(reads))
+    results = tuple(i.slot for i in group if last_group.get(i.slot, -1) > position)
+    dying = tuple(place for place, slot in enumerate(arguments) if last_group[slot] == position)
+    program = Program(
+        tuple((slot, value_of[slot]) for slot in arguments), tuple(group), tuple(Ref(slot) for slot in results)
+    )
+    return Piece(program, arguments, results, dying, _key(analysis, program))
+
+
+def _key(analysis: Analysis, program: Program) -> object:
+    """Equal for pieces that do the same: operations with slots numbered from the piece's start, and input metadata."""
+    local = {slot: place for place, (slot, _) in enumerate(program.inputs)}
+    for instruction in program.instructions:
+        local[instruction.slot] = len(local)
+
+    def number(tree: Any) -> Any:
+        return repr(map_refs(tree, lambda ref: Ref(local[ref.slot])))
+
+    steps = tuple(
+        (str(i.operation.target), number(tuple(i.operation.args)), number(dict(i.operation.kwargs)))
+        for i in program.instructions
+    )
+    inputs = tuple(_metadata(analysis, value) for _, value in program.inputs)
+    return (inputs, steps, number(tuple(program.outputs)))
+
+
+def _metadata(analysis: Analysis, value: int) -> object:
+    fake = analysis.fakes[value]
+    role = analysis.graph.values[value].role
+    if not hasattr(fake, "stride"):
+        return (repr(fake), role)
+    return (tuple(fake.shape), fake.stride(), fake.dtype, str(fake.device), fake.storage_offset(), role)

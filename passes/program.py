@@ -1,0 +1,97 @@
+"""Straight-line programs: what the planner simulates and the rewriter turns into FX.
+
+A program is a list of instructions over slots. Slots are names, not positions: a value that is obtained twice in a
+step (a cotangent in the spine and again in the sweep) has two slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from .graph import Edge, Graph, Operation, Ref, map_refs, refs_in
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """`operation` with its references resolved to the program's slots; `value` is what the result stands for."""
+
+    slot: int
+    operation: Operation
+    value: int | None = None
+    block: int = 0
+
+
+@dataclass(frozen=True)
+class Program:
+    """`inputs` are (slot, value) pairs; `outputs` may hold `Ref`s to slots and constants."""
+
+    inputs: tuple[tuple[int, int], ...]
+    instructions: tuple[Instruction, ...]
+    outputs: tuple[Any, ...]
+
+    @cached_property
+    def last_use(self) -> dict[int, int]:
+        """For each slot, the position of the last instruction that reads it; outputs live to the end."""
+        last = {}
+        for position, instruction in enumerate(self.instructions):
+            for slot in instruction.operation.reads:
+                last[slot] = position
+        for ref in refs_in(self.outputs):
+            last[ref.slot] = len(self.instructions)
+        return last
+
+
+class Builder:
+    """Emits edges; an edge is emitted once per environment, and inputs are declared when first read."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.environment: dict[int, int] = {}
+        self.inputs: dict[int, int] = {}
+        self.instructions: list[Instruction] = []
+        self._slots = 0
+
+    def _new_slot(self) -> int:
+        self._slots += 1
+        return self._slots - 1
+
+    def input(self, value: int) -> int:
+        """Declare `value` as an argument of the program."""
+        if value not in self.inputs:
+            self.inputs[value] = self._new_slot()
+        self.environment[value] = self.inputs[value]
+        return self.inputs[value]
+
+    def emit(self, edge: Edge, block: int = 0) -> None:
+        slots = [self.environment[value] for value in edge.needs]
+        wanted = dict(zip(edge.results, edge.gives, strict=True))
+        for position, operation in enumerate(edge.operations, start=len(edge.needs)):
+            slot = self._new_slot()
+            moved = replace(
+                operation,
+                args=map_refs(operation.args, lambda ref: Ref(slots[ref.slot])),
+                kwargs=map_refs(operation.kwargs, lambda ref: Ref(slots[ref.slot])),
+                holds=tuple((source if source < 0 else slots[source], item) for source, item in operation.holds),
+            )
+            slots.append(slot)
+            self.instructions.append(Instruction(slot, moved, wanted.get(position), block))
+        for result, value in zip(edge.results, edge.gives, strict=True):
+            self.environment[value] = slots[result]
+
+    def forget(self, values: Iterable[int]) -> None:
+        """Drop values from the environment, so that they are obtained anew when wanted again."""
+        for value in values:
+            self.environment.pop(value, None)
+
+    def finish(self, outputs: Iterable[Any], order: Iterable[int] = ()) -> Program:
+        """Close the program. `order` names the inputs that come first (declared even when never read)."""
+        for value in order:
+            if value not in self.inputs:
+                self.inputs[value] = self._new_slot()
+        first = [value for value in order]
+        rest = [value for value in self.inputs if value not in set(first)]
+        inputs = tuple((self.inputs[value], value) for value in [*first, *rest])
+        return Program(inputs, tuple(self.instructions), tuple(outputs))

@@ -1,0 +1,87 @@
+"""From FX nodes to operations: sizes, aliases and costs read off the fake tensors that tracing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from ._torch_compat import FakeTensorMode, make_fx, tree_flatten
+from .cost import count_flops
+from .graph import Operation, Ref
+
+
+def storage_bytes(value: Any) -> int:
+    """Bytes of a (fake) tensor's storage; zero for anything else, such as a symbolic integer."""
+    return int(value.untyped_storage().nbytes()) if isinstance(value, Tensor) else 0
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
+
+
+def storage_keys(value: Any) -> list[int]:
+    return [tensor.untyped_storage()._cdata for tensor in tensors_of(value)]
+
+
+class Recorder:
+    """Numbers FX nodes as slots and describes each call by the storages that it allocates or shares."""
+
+    def __init__(self) -> None:
+        self.slot: dict[fx.Node, int] = {}
+        self.held: list[list[int]] = []
+
+    def add_input(self, node: fx.Node) -> None:
+        self.slot[node] = len(self.held)
+        self.held.append(storage_keys(node.meta.get("val")))
+
+    def add_call(self, node: fx.Node) -> Operation:
+        value = node.meta.get("val")
+        inputs = [self.slot[argument] for argument in node.all_input_nodes]
+        new: list[int] = []
+        holds: list[tuple[int, int]] = []
+        for tensor, key in zip(tensors_of(value), storage_keys(value), strict=True):
+            place = next(((slot, self.held[slot].index(key)) for slot in inputs if key in self.held[slot]), None)
+            if place is None:
+                place = (-1, len(new))
+                new.append(0 if node.op == "get_attr" else storage_bytes(tensor))
+            holds.append(place)
+        self.add_input(node)
+        flops = count_flops(node) if any(new) else 0.0
+        moved = sum(new) and sum(new) + sum(storage_bytes(argument.meta.get("val")) for argument in node.all_input_nodes)
+        return Operation(
+            node.target, self.arguments(node.args), self.arguments(node.kwargs), tuple(new), tuple(holds), flops, moved
+        )
+
+    def arguments(self, tree: Any) -> Any:
+        return fx.node.map_arg(tree, lambda node: Ref(self.slot[node])) if not isinstance(tree, Mapping) else {
+            key: self.arguments(item) for key, item in tree.items()
+        }
+
+
+def trace_operations(
+    function: Callable[..., Any], examples: Sequence[Tensor]
+) -> tuple[tuple[Operation, ...], tuple[int, ...], tuple[Tensor, ...]]:
+    """Run `function` on fake tensors; return its operations, the slots of its results, and the fake results."""
+    mode = next(example.fake_mode for example in examples if hasattr(example, "fake_mode"))
+    assert isinstance(mode, FakeTensorMode)
+    with mode:
+        traced = make_fx(function)(*examples)
+    traced.graph.eliminate_dead_code()
+    recorder, operations = Recorder(), []
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            recorder.add_input(node)
+        elif node.op == "call_function":
+            operations.append(recorder.add_call(node))
+        elif node.op == "output":
+            results = [node.args[0]] if isinstance(node.args[0], fx.Node) else list(node.args[0])
+            return (
+                tuple(operations),
+                tuple(recorder.slot[result] for result in results),
+                tuple(result.meta["val"] for result in results),
+            )
+        else:
+            raise NotImplementedError(f"a rule may not use the constant {node.target}")
+    raise AssertionError("unreachable: every traced graph has an output")

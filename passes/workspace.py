@@ -1,0 +1,88 @@
+"""What an ATen operation allocates and frees within its own call, measured by running it once.
+
+A convolution on CPU copies its operands into the library's layout, attention keeps a buffer per thread: tens of
+percent of a block's peak, written in no graph and known to no fake tensor. Each distinct call (operation, shapes,
+strides, types) runs once on made-up values, in memory of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ._torch_compat_inductor import disable_current_modes, profiler_enabled, tree_leaves, tree_map
+from .wrapper_memory import ProfileUnknown
+
+
+@dataclass(frozen=True)
+class _Like:
+    """Everything about a tensor argument that can matter for memory."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def make(self) -> torch.Tensor:
+        """Small positive numbers; zeros (a valid index, a valid mask) for integers and truth values."""
+        new = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+        return new.uniform_(0.1, 1) if self.dtype.is_floating_point else new.zero_()
+
+
+def measured_workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    """The most bytes that one call holds beyond its arguments and its outputs. Raises `ProfileUnknown`."""
+    if not any(isinstance(t, torch.Tensor) for t in tree_leaves((args, kwargs))):
+        return 0
+    key = _frozen(tuple(args)), tuple((k, _frozen(v)) for k, v in kwargs.items())
+    return _measure(operation, *key, torch.get_num_threads())
+
+
+def _frozen(value: Any) -> Any:
+    """A hashable copy, with tensors as `_Like`."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, torch.Tensor):
+        return _Like(tuple(value.size()), tuple(value.stride()), value.dtype, value.device)
+    return value
+
+
+@cache
+def _measure(operation: Any, args: Any, kwargs: Any, threads: int) -> int:
+    with disable_current_modes(), torch.no_grad(), torch.random.fork_rng():
+        real, named = tree_map(lambda x: x.make() if isinstance(x, _Like) else x, (args, dict(kwargs)))
+        device = next(t.device for t in tree_leaves((real, named)) if isinstance(t, torch.Tensor))
+        measure = _cuda_peak if device.type == "cuda" else _cpu_peak
+        try:
+            operation(*real, **named)  # once beforehand: libraries keep what they set up at first use
+            return measure(lambda: operation(*real, **named))
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ProfileUnknown(f"cannot measure the workspace of {operation}: {error}") from error
+
+
+def _cpu_peak(run: Callable[[], Any]) -> int:
+    """From the allocator's events, which only the profiler reports; there can be one profiler at a time."""
+    if profiler_enabled():
+        raise ProfileUnknown("cannot measure an operation's workspace while a profiler is running")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        result = run()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = top = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        top = max(top, live)
+    del result
+    return top - live
+
+
+def _cuda_peak(run: Callable[[], Any]) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    result = run()
+    torch.cuda.synchronize()
+    top = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+    del result
+    return top
