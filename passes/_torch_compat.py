@@ -1,7 +1,9 @@
 """The only importer of torch's private modules; everything here exists from torch 2.11 on."""
 
 from torch._dynamo.backends.common import aot_autograd as dynamo_aot_autograd
-from torch._functorch.aot_autograd import aot_module_simplified
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._functorch import config as functorch_config
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -12,10 +14,13 @@ from torch.utils._pytree import tree_flatten, tree_map
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
-    "aot_module_simplified",
+    "BackendCompilerFailed",
+    "TorchDynamoException",
     "detect_fake_mode",
     "disable_current_modes",
     "dynamo_aot_autograd",
+    "dynamo_config",
+    "functorch_config",
     "fx_graph_cse",
     "make_fx",
     "tree_flatten",

@@ -79,7 +79,7 @@ class JointReader:
 
     def _add_input(self, node: fx.Node, position: int) -> int:
         self.recorder.add_input(node)
-        role: Role = "tangent" if is_tangent(node) else self.roles.get(position, "input")
+        role: Role = "tangent" if is_tangent(node) else self.roles.get(position, "parameter")
         return self._add_value(node, role, len(self.values))
 
     def _add_value(self, node: fx.Node, role: Role, storage: int) -> int:

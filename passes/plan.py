@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .analysis import Analysis
-from .costs import Cost, segment_cost, signature
-from .cost import operation_seconds
+from .costs import Cost, backward_program, segment_cost, signature
+from .cost import base_name, operation_seconds
 from .emit import Facts, Schedule, Segment, emit, random_residue
 from .keepsets import keep_sets
 from .liveness import Timeline, simulate
 
 Floats = npt.NDArray[np.float64]
+INVERTED = ("invert", "moonwalk")
 PRICES = (16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.0)
 FRONT = 256  # states kept per border and kind: beyond this the front is thinned evenly
 
@@ -33,6 +34,9 @@ class Certificate:
 
     local: float
     growth: float
+
+
+TRUSTED = Certificate(0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -94,14 +98,15 @@ class Planner:
 
     def __init__(
         self,
-        analysis: Analysis,
+        facts: Facts,
         strategies: Sequence[str] = ("keep", "checkpoint", "invert", "moonwalk"),
         certificates: Mapping[tuple[str, int], Certificate] | None = None,
         tolerance: float = math.inf,
     ) -> None:
-        self.analysis, self.facts = analysis, Facts(analysis)
+        self.facts, self.analysis = facts, facts.analysis
+        analysis = facts.analysis
         self.strategies, self.tolerance = tuple(strategies), tolerance
-        self.certificates = certificates
+        self.certificates = dict(certificates or {})
         self.costs: dict[object, Cost | None] = {}
         self.signatures = [signature(analysis, block) for block in analysis.blocks]
         self.keys = self._number([key for key, _ in self.signatures])
@@ -110,6 +115,20 @@ class Planner:
         self.base = sum(size for _, size in outputs)
         self.forward_seconds = sum(e.seconds for e in analysis.graph.stage_edges("forward"))
         self.tables = [self._table(j) for j in range(len(analysis.blocks))]
+
+    def certify(self, certificates: Mapping[tuple[str, int], Certificate]) -> None:
+        """Take measured certificates into account; blocks without one are trusted until they are measured."""
+        self.certificates.update(certificates)
+        self.tables = [self._table(j) for j in range(len(self.analysis.blocks))]
+
+    def uncertified(self, segments: Iterable[Segment]) -> list[Segment]:
+        """The inverted segments with a block that has no certificate."""
+        return [
+            segment
+            for segment in segments
+            if segment.strategy in INVERTED
+            and any((segment.strategy, index) not in self.certificates for index in segment.span)
+        ]
 
     @staticmethod
     def _number(keys: Sequence[object]) -> list[int]:
@@ -222,10 +241,8 @@ class Planner:
         cost = self._cost(strategy, segment)
         return None if cost is None else (segment, cost)
 
-    def _certificate(self, strategy: str, index: int) -> Certificate | None:
-        if self.certificates is None:
-            return Certificate(0.0, 1.0)
-        return self.certificates.get((strategy, index))
+    def _certificate(self, strategy: str, index: int) -> Certificate:
+        return self.certificates.get((strategy, index), TRUSTED)
 
     def _chain(self, strategy: str, last: int) -> list[Move]:
         """Segments of `strategy` that end at `last`, grown to the front while the predicted error allows."""
@@ -235,7 +252,7 @@ class Planner:
         noise = _Noise(strategy)
         for first in range(last, -1, -1):
             single, certificate = self._single(strategy, first), self._certificate(strategy, first)
-            if single is None or certificate is None or noise.grown(certificate).error > self.tolerance:
+            if single is None or noise.grown(certificate).error > self.tolerance:
                 break
             noise = noise.grown(certificate)
             inner = kept - frozenset(self.analysis.blocks[first + 1].live_in) if whole else kept
@@ -243,6 +260,31 @@ class Planner:
             whole = single[1] if whole is None else _joined(strategy, single[1], whole)
             moves.append(Move(Segment(first, last, strategy, kept), whole, noise.error))
         return moves
+
+    # -- what a plan is asked about ---------------------------------------------------------------------------------
+
+    def error_of(self, segment: Segment) -> float:
+        """Predicted relative error of the gradients of an inverted segment; infinite without certificates."""
+        return chain_error(segment, self.certificates)
+
+    def single_error(self, strategy: str, index: int) -> float:
+        return self.error_of(Segment(index, index, strategy, frozenset()))
+
+    def missing(self, strategy: str, index: int) -> tuple[int, ...]:
+        """The values that keep a block from being inverted."""
+        block = self.analysis.blocks[index]
+        if strategy == "invert":
+            return self.facts.inversion(index).missing
+        if not block.cotangents_out:
+            return block.cotangents_in or block.gradients
+        return self.facts.spine(index).missing or self.facts.sweep(index).missing
+
+    def recomputed_labels(self, segment: Segment) -> list[str]:
+        """Names of the forward operations that the backward pass of a segment runs again, views apart."""
+        program = backward_program(self.facts, segment)
+        forward = {v for index in segment.span for e in self.analysis.blocks[index].forward for v in e.gives}
+        again = (i for i in program.instructions if i.value in forward and i.operation.new)
+        return list(dict.fromkeys(base_name(instruction.operation.target) for instruction in again))
 
     # -- dynamic programming ----------------------------------------------------------------------------------------
 
@@ -356,6 +398,17 @@ class _Noise:
         amplification = max(1.0, self.amplification * block.growth)
         total = math.hypot(self.total, block.local * self.amplification)
         return replace(self, total=total, amplification=amplification, worst=max(self.worst, total))
+
+
+def chain_error(segment: Segment, certificates: Mapping[tuple[str, int], Certificate]) -> float:
+    """Predicted relative error of the gradients of an inverted segment; infinite where a certificate is missing."""
+    noise = _Noise(segment.strategy)
+    for index in reversed(segment.span):
+        certificate = certificates.get((segment.strategy, index))
+        if certificate is None:
+            return math.inf
+        noise = noise.grown(certificate)
+    return noise.error
 
 
 def _joined(strategy: str, front: Cost, back: Cost) -> Cost:

@@ -7,7 +7,6 @@ from .residuals import packing_of_reader, packing_of_value
 from .rule import Call, Packing, Recipe, Region, Rule
 from .solve import Solution, solve
 
-
 __all__ = [
     "RULES",
     "Call",

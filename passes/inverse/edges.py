@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..capture import Capture
 from ..cost import Device, edge_seconds
-from ..graph import Edge, Graph, Kind, Operation, Ref, refs_in
+from ..graph import Edge, Graph, Kind, Operation, Stage, refs_in
 from ..trace import trace_operations
 from . import convolution, linear, pointwise, shape
+from .orthogonal import orthogonal_values
 from .regions import find_regions
 from .rule import Call, Recipe, Region, Rule
 
@@ -127,31 +128,25 @@ class _Inverter:
             if all(_is_constant(graph, value) for value in gives):
                 continue
             needs = tuple(items[position] for position in recipe.outputs) + tuple(edge.needs[p] for p in recipe.reads)
-            yield self._finish(
-                Edge(
-                    gives, needs, traced.operations, traced.results, f"inverse of {edge.label}",
-                    sequence=edge.sequence, source=edge.source,
-                ),
-                "inverse",
-            )  # fmt: skip
+            label = f"inverse of {edge.label}"
+            solved = Edge(gives, needs, traced.operations, traced.results, label, "inverse", source=edge.source)
+            yield self._finish(replace(solved, sequence=edge.sequence))
 
     def of_region(self, region: Region) -> Iterator[Edge]:
         fakes = [self.capture.fake(value) for value in region.needs]
         solved = [self.capture.fake(value) for value in region.gives]
-        function = region.function
-        constants = (function.func, function.args, repr(function.keywords)) if isinstance(function, partial) else function
-        key = (constants, _signature(fakes), _signature(solved))
+        key = (_function_key(region.function), _signature(fakes), _signature(solved))
         if key not in self.region_traces:
-            self.region_traces[key] = _trace(function, fakes, solved)
+            self.region_traces[key] = _trace(region.function, fakes, solved)
         traced = self.region_traces[key]
         if traced is not None:
-            edge = Edge(region.gives, region.needs, *traced, region.label)
-            yield self._finish(edge, "inverse" if region.inverse else "forward")
+            kind: Kind = "inverse" if region.inverse else "forward"
+            yield self._finish(Edge(region.gives, region.needs, *traced, region.label, kind))
 
-    def _finish(self, edge: Edge, kind: Kind) -> Edge:
+    def _finish(self, edge: Edge) -> Edge:
         stages = {self.capture.graph.values[value].stage for value in (*edge.gives, *edge.needs)}
-        stage = "backward" if "backward" in stages else "forward"
-        return replace(edge, kind=kind, stage=stage, seconds=edge_seconds(edge, self.device))
+        stage: Stage = "backward" if "backward" in stages else "forward"
+        return replace(edge, stage=stage, seconds=edge_seconds(edge, self.device))
 
     def _traced(self, edge: Edge) -> tuple[_Traced, ...]:
         rule = RULES.get(edge.label)
@@ -165,6 +160,10 @@ class _Inverter:
         if key not in self.traces:
             self.traces[key] = tuple(_trace_recipes(call, rule))
         return self.traces[key]
+
+
+def _function_key(function: Callable[..., Any]) -> Any:
+    return (function.func, function.args) if isinstance(function, partial) else function
 
 
 def _trace_recipes(call: Call, rule: Rule) -> Iterator[_Traced]:
@@ -192,11 +191,8 @@ def inverse_edges(
     one it replaces; if that was a piece of a larger storage, it is dense in the same order of dimensions.
     `is_orthogonal_input` says whether a primal is a matrix with orthonormal rows or columns.
     """
-    orthogonal = linear.orthogonal_values(capture, is_orthogonal_input)
+    orthogonal = orthogonal_values(capture, is_orthogonal_input)
     inverter = _Inverter(capture, device, orthogonal)
     found = [inverse for edge in capture.graph.edges for inverse in inverter.of_edge(edge)]
     found += [inverse for region in find_regions(capture) for inverse in inverter.of_region(region)]
     return tuple(found)
-
-
-_ = Ref

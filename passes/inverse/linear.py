@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..capture import Capture
-from ..graph import Edge, Ref
 from .rule import Call, Recipe, Rule
 
 
@@ -46,13 +44,9 @@ def _product(call: Call, left: int, right: int, product: Callable[..., Tensor]) 
     inner, columns = call.tensors[b].shape[-2:]
     rows = call.tensors[a].shape[-2]
     if 0 < inner <= columns:
-        yield Recipe(
-            (a,), lambda y, b_, *rest: product(y, *rest) @ right_inverse(b_, b in call.orthogonal), (b, *bias)
-        )
+        yield Recipe((a,), lambda y, b_, *rest: product(y, *rest) @ right_inverse(b_, b in call.orthogonal), (b, *bias))
     if 0 < inner <= rows:
-        yield Recipe(
-            (b,), lambda y, a_, *rest: left_inverse(a_, a in call.orthogonal) @ product(y, *rest), (a, *bias)
-        )
+        yield Recipe((b,), lambda y, a_, *rest: left_inverse(a_, a in call.orthogonal) @ product(y, *rest), (a, *bias))
 
 
 def mm(call: Call) -> Iterator[Recipe]:
@@ -67,11 +61,3 @@ def addmm(call: Call) -> Iterator[Recipe]:
 
 
 RULES: dict[str, Rule] = {"mm": mm, "bmm": mm, "addmm": addmm}
-
-
-def orthogonal_values(capture: Capture, is_orthogonal_input: Callable[[int], bool] = lambda _: False) -> frozenset[int]:
-    """Values proved to be matrices with orthonormal rows or columns, whichever are fewer."""
-    return frozenset(value for value in capture.graph.primals if is_orthogonal_input(value))
-
-
-_ = (Edge, Ref)

@@ -36,7 +36,9 @@ def is_nonzero(value: Any) -> bool:
     return is_number(value) and value != 0 and abs(value) != float("inf") and value == value
 
 
-def _with_other(call: Call, argument: int, function: Callable[[Tensor, Any], Tensor], note: str = "") -> Iterator[Recipe]:
+def _with_other(
+    call: Call, argument: int, function: Callable[[Tensor, Any], Tensor], note: str = ""
+) -> Iterator[Recipe]:
     """A recipe for `args[argument]` of a binary call; `function(output, other)` with the other tensor or number."""
     position = solvable(call, argument)
     other = call.args[1 - argument]

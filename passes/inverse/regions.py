@@ -216,7 +216,13 @@ class _Embedded:
     box: tuple[range, ...]
 
     def overlaps(self, other: _Embedded) -> bool:
-        return not any(set(a).isdisjoint(b) for a, b in zip(self.box, other.box, strict=True))
+        return all(_meet(a, b) for a, b in zip(self.box, other.box, strict=True))
+
+
+def _meet(a: range, b: range) -> bool:
+    if a.step == b.step == 1:
+        return max(a.start, b.start) < min(a.stop, b.stop)
+    return not set(a).isdisjoint(b)
 
 
 def _embedded(reader: _Reader, value: int) -> _Embedded | None:
@@ -366,12 +372,10 @@ def _sorts(reader: _Reader) -> Iterator[Region]:
     """The gradient of `sort` scatters by a permutation: gather undoes it."""
     for edge in reader.edges("scatter"):
         target, index, source = (reader.value(edge, i) for i in (0, 2, 3))
-        if target is None or index is None or source is None or edge.operations[0].kwargs:
-            continue
         order = reader.made_by(index, "sort")
-        zeros = reader.made_by(target, "new_zeros", "zeros", "zeros_like", "full")
-        shapes = {reader.shape(value) for value in (target, index, source)}
-        if order is None or zeros is None or len(shapes) != 1 or not reader.shape(index):
+        if order is None or target is None or index is None or source is None or edge.operations[0].kwargs:
+            continue
+        if len({reader.shape(value) for value in (target, index, source)}) != 1 or not reader.shape(index):
             continue
         dim = reader.args(edge)[1] % len(reader.shape(index))
         if index == order.gives[-1] and _sorted_dim(reader, order) == dim:

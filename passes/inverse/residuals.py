@@ -1,13 +1,126 @@
-"""Residuals that take one bit per element."""
+"""Residuals that take one bit per element: results that have two values, and readers that only ask for a side."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..graph import Ref, refs_in
 from .rule import Call, Packing
 
 
+def _two_values(bits: Tensor, dtype: torch.dtype, high: float, low: float) -> Tensor:
+    """`high` where the bit is set, else `low`."""
+    return torch.full_like(bits, low, dtype=dtype).masked_fill(bits, high)
+
+
+# -- results -------------------------------------------------------------------------------------------------------
+
+
+def _cast(dtype: torch.dtype, note: str) -> Packing:
+    return Packing(lambda value: value != 0, lambda bits: bits.to(dtype), True, note)
+
+
+def _bernoulli(call: Call, result: Tensor) -> Packing | None:
+    return _cast(result.dtype, "drawn 0 or 1")
+
+
+def _converted(call: Call, result: Tensor) -> Packing | None:
+    source = call.tensor(0)
+    return _cast(result.dtype, "converted bool") if source is not None and source.dtype == torch.bool else None
+
+
+def _sign(call: Call, result: Tensor) -> Packing | None:
+    dtype = result.dtype
+    if not dtype.is_floating_point:
+        return None
+    note = "sign; an exact zero counts as negative"
+    return Packing(lambda value: value > 0, lambda bits: _two_values(bits, dtype, 1.0, -1.0), True, note)
+
+
+def _index_of_pair(call: Call, result: Tensor) -> Packing | None:
+    """Positions along a dimension of two elements."""
+    source = call.tensor(0)
+    sizes = source.shape if source is not None else ()
+    dim = call.constant("dim", 2 if call.name == "topk" else 1, -1)
+    pair = isinstance(dim, int) and len(sizes) > 0 and sizes[dim] == 2 and result.dtype == torch.int64
+    return _cast(torch.int64, "index of a pair") if pair else None
+
+
+# By operation, the position of the result that has two values.
+_RESULTS: dict[str, tuple[int, Callable[[Call, Tensor], Packing | None]]] = {
+    "bernoulli": (0, _bernoulli),
+    "_to_copy": (0, _converted),
+    "sgn": (0, _sign),
+    "sign": (0, _sign),
+    "argmax": (0, _index_of_pair),
+    "argmin": (0, _index_of_pair),
+    "sort": (1, _index_of_pair),
+    "max": (1, _index_of_pair),
+    "min": (1, _index_of_pair),
+    "topk": (1, _index_of_pair),
+}
+
+
 def packing_of_value(call: Call, position: int = 0) -> Packing | None:
-    return None
+    """How a result can be kept in bits; `position` counts the results that are read, as `Edge.gives` does."""
+    given = [(place, output) for place, output in enumerate(call.outputs) if isinstance(output, Tensor)]
+    if position >= len(given):
+        return None
+    place, output = given[position]
+    if output.dtype == torch.bool:
+        return Packing(lambda value: value, lambda bits: bits, True, "bool")
+    wanted, function = _RESULTS.get(call.name, (None, None))
+    return function(call, output) if function is not None and wanted == place else None
+
+
+# -- readers -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A reader of `args[argument]`: which side it asks for, and a number on either side, from the call's constants."""
+
+    argument: int
+    side: Callable[[Tensor, list[Any]], Tensor]
+    inside: Callable[[list[Any]], float]
+    outside: Callable[[list[Any]], float]
+
+
+def _beyond(limit: float) -> float:
+    """A number above `limit`, by more than a rounding error in any dtype."""
+    return limit + max(1.0, abs(limit))
+
+
+_READERS: dict[str, _Reader] = {
+    "leaky_relu_backward": _Reader(1, lambda x, c: x > 0, lambda c: 1.0, lambda c: -1.0),
+    "threshold_backward": _Reader(1, lambda x, c: x > c[0], lambda c: _beyond(c[0]), lambda c: -_beyond(-c[0])),
+    "hardtanh_backward": _Reader(
+        1, lambda x, c: (x > c[0]) & (x < c[1]), lambda c: (c[0] + c[1]) / 2, lambda c: _beyond(c[1])
+    ),
+    "hardsigmoid_backward": _Reader(1, lambda x, c: (x > -3) & (x < 3), lambda c: 0.0, lambda c: 6.0),
+    "hardshrink_backward": _Reader(1, lambda x, c: (x < -c[0]) | (x > c[0]), lambda c: _beyond(c[0]), lambda c: 0.0),
+    "softshrink_backward": _Reader(1, lambda x, c: (x < -c[0]) | (x > c[0]), lambda c: _beyond(c[0]), lambda c: 0.0),
+}
 
 
 def packing_of_reader(call: Call, position: int) -> Packing | None:
-    return None
+    """What a reader needs of `tensors[position]`, if a bit per element is enough; the stand-in has the same dtype."""
+    reader = _READERS.get(call.name)
+    if reader is None or call.args[reader.argument] != Ref(position):
+        return None
+    constants = [arg for arg in call.args[reader.argument + 1 :] if not isinstance(arg, Ref)]
+    tensor = call.tensors[position]
+    if [ref.slot for ref in refs_in((call.args, call.kwargs))].count(position) > 1 or not tensor.is_floating_point():
+        return None
+    high, low = reader.inside(constants), reader.outside(constants)
+    return Packing(
+        lambda value: reader.side(value, constants),
+        lambda bits: _two_values(bits, tensor.dtype, high, low),
+        False,
+        f"side of {call.name} {constants}",
+    )

@@ -1,0 +1,157 @@
+"""`moonwalk_compile(model)`: one line, a budget in bytes, the same module."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backend import compile_graph, device_of, run_autograd
+from .errors import CaptureError, MoonwalkError
+from .options import Options
+from .passes._torch_compat import BackendCompilerFailed, FakeTensorMode, TorchDynamoException, dynamo_config
+from .passes.cost import find_device
+from .report import Plan
+from .session import Session
+
+SIZES = 64  # input sizes that get a plan of their own
+
+
+def moonwalk_compile(
+    model: nn.Module,
+    *,
+    budget: int | str | None = None,
+    max_slowdown: float = 1.5,
+    strategies: Iterable[str] = ("keep", "checkpoint", "invert", "moonwalk"),
+    tolerance: float = 1e-4,
+    lowering: str = "inductor",
+    example_inputs: Sequence[Any] | None = None,
+    fullgraph: bool = True,
+) -> nn.Module:
+    """Compile `model` in place, so that its training step stays within a memory budget; returns the model.
+
+    Args:
+        budget: bytes, "512MiB", "2GiB" or "40%" (of plain backpropagation's peak): the most that one step's forward
+            and backward hold at any moment beyond what was there before. The fastest plan within it is taken.
+        max_slowdown: with no budget, the smallest peak whose predicted time is at most this ratio to plain's.
+        strategies: what the planner may use.
+        tolerance: largest predicted relative error of a parameter gradient that inversion may cause.
+        lowering: "inductor", or "eager" (ATen kernels; gradients of kept and checkpointed parts bitwise as in eager).
+        example_inputs: plan now, on inputs like these, instead of at the first call.
+        fullgraph: capture the model as one graph; with False, graph breaks are allowed and each part gets the budget.
+
+    `model.plan` is the `Plan` of the latest compilation (None before the first). Raises OptionError for a bad option;
+    BudgetError where a budget cannot be met; with a budget, CaptureError where the model cannot be captured.
+    """
+    options = Options(budget, max_slowdown, tuple(strategies), tolerance, lowering)  # type: ignore[arg-type]
+    driver = _Driver(model, options, fullgraph)
+    model.plan = None  # type: ignore[assignment]
+    model.compile(backend=driver.backend, fullgraph=fullgraph, dynamic=False)
+    driver.compiled = model._compiled_call_impl  # type: ignore[assignment]
+    model._compiled_call_impl = driver  # type: ignore[assignment]
+    if example_inputs is not None:
+        driver.set_plan(plan_only(model, tuple(example_inputs), options))
+    return model
+
+
+class _Driver:
+    """What `model(...)` calls: the compiled model, or the plain one where compiling was not possible."""
+
+    def __init__(self, model: nn.Module, options: Options, fullgraph: bool) -> None:
+        self.model, self.options, self.fullgraph = model, options, fullgraph
+        self.compiled: Callable[..., Any] = model._call_impl
+        self.plain = False
+        self.graphs = 0
+
+    def backend(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs += 1
+        return compile_graph(gm, example_inputs, self.options, self.set_plan)
+
+    def set_plan(self, plan: Plan) -> None:
+        self.model.plan = plan  # type: ignore[assignment]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.plain:
+            return self.model._call_impl(*args, **kwargs)
+        try:
+            with dynamo_config.patch(recompile_limit=SIZES, accumulated_recompile_limit=4 * SIZES):
+                return self.compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            self._give_up(error)
+        return self.model._call_impl(*args, **kwargs)
+
+    def _give_up(self, error: TorchDynamoException) -> None:
+        """An error of ours is raised as it is; without a budget, a model that cannot be captured trains plain."""
+        ours = unwrap(error)
+        if isinstance(ours, MoonwalkError):
+            raise ours from None
+        reason = first_line(ours)
+        if self.options.budget is not None:
+            raise CaptureError(
+                "The model could not be captured as one graph",
+                reason,
+                "change the line named above, pass fullgraph=False, or leave out the budget to train it plain",
+            ) from error
+        self.plain = True
+        warnings.warn(f"moonwalk: {type(self.model).__name__} trains plain, it could not be compiled: {reason}", stacklevel=3)
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """The exception behind Dynamo's wrapping of a failing backend."""
+    inner = getattr(error, "inner_exception", None) if isinstance(error, BackendCompilerFailed) else None
+    return error if inner is None else inner
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+class _Planned(Exception):
+    """Ends a compilation when the plan stands and nothing is to run."""
+
+
+def plan_only(model: nn.Module, inputs: tuple[Any, ...], options: Options, device: str | None = None) -> Plan:
+    """The plan of a training step of `model`, without running it. Fake models and inputs allocate nothing."""
+    plans: list[Plan] = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        table = find_device(device) if device else device_of(example_inputs)
+        session = Session(options, table, list(example_inputs), lower=False)
+        try:
+            run_autograd(session, gm, example_inputs)
+        finally:
+            if session.plan is not None:
+                plans.append(session.plan)
+        raise _Planned
+
+    torch._dynamo.reset_code(type(model).forward.__code__) if hasattr(type(model).forward, "__code__") else None
+    try:
+        torch.compile(model._call_impl, backend=backend, fullgraph=True, dynamic=False)(*inputs)
+    except TorchDynamoException as error:
+        ours = unwrap(error)
+        if isinstance(ours, MoonwalkError):
+            raise ours from None
+        if not plans:
+            raise CaptureError(
+                "The model could not be captured as one graph", first_line(ours), "change the line named above"
+            ) from error
+    if not plans:
+        raise CaptureError(
+            "There is nothing to plan",
+            "the model returned nothing that requires a gradient",
+            "train it with parameters that require gradients",
+        )
+    return plans[-1]
+
+
+def plan_model(build: Callable[[], tuple[nn.Module, tuple[Any, ...]]], options: Options, device: str) -> Plan:
+    """Build a model under fake tensors and plan its training step for the named device; no memory is allocated."""
+    find_device(device)  # measured before fake tensors rule
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, inputs = build()
+        model.train()
+        return plan_only(model, tuple(inputs), options, device)

@@ -1,0 +1,141 @@
+"""The backend for `torch.compile`: `torch.compile(model, backend="moonwalk", options={"budget": "2GiB"})`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .options import Options
+from .passes._torch_compat import disable_current_modes, dynamo_aot_autograd, functorch_config
+from .passes.cost import Device, find_device
+from .passes.inductor import lower
+from .passes.lower import boxed_eager
+from .report import Plan
+from .session import Session, is_real
+
+OnPlan = Callable[[Plan], None]
+REFRESH = (10, 50)  # steps at which certificates are measured again; then every REFRESH_EVERY
+REFRESH_EVERY = 100
+
+
+def moonwalk(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    **kwargs: Any,
+) -> Callable[..., Any]:
+    """Compile a graph that Dynamo captured; `options` are those of `moonwalk_compile`.
+
+    Raises OptionError for an unknown option (naming the nearest), BudgetError for a budget that cannot be met.
+    """
+    return compile_graph(gm, example_inputs, Options.from_mapping({**(options or {}), **kwargs}))
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, on_plan: OnPlan | None = None
+) -> Callable[..., Any]:
+    """Compile `gm` for training; a graph without gradients is compiled as it is."""
+    inputs = [specialised(value) for value in example_inputs]
+    if not needs_gradient(inputs):
+        return compile_inference(gm, inputs, options)
+    return CompiledStep(gm, inputs, options, on_plan)
+
+
+def specialised(value: Any) -> Any:
+    """A plan holds for one set of sizes: symbolic integers become the integers they stand for."""
+    return int(value) if isinstance(value, torch.SymInt) else value
+
+
+def needs_gradient(inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in inputs)
+
+
+def compile_inference(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """Nothing to plan without a backward pass."""
+    if options.lowering == "eager":
+        return gm.forward
+    return torch._dynamo.lookup_backend("inductor")(gm, inputs)  # type: ignore[no-any-return]
+
+
+def device_of(inputs: Sequence[Any]) -> Device:
+    device = next((v.device for v in inputs if isinstance(v, Tensor) and v.device.type != "cpu"), None)
+    if device is None:
+        return find_device("cpu")
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    return find_device(next((key for key in ("h200", "h100", "a100", "l4", "rtx4090") if key in name), "cuda"))
+
+
+def run_autograd(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """AOTAutograd with our partitioner and the halves that it lowered."""
+    options = session.options
+
+    def inference(module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        return boxed_eager(module) if options.lowering == "eager" else lower(module, is_backward=False).call
+
+    compiler = dynamo_aot_autograd(
+        fw_compiler=session.compile_forward,
+        bw_compiler=session.compile_backward,
+        inference_compiler=inference,
+        partition_fn=session.partition,
+        keep_inference_input_mutations=True,
+    )
+    with functorch_config.patch(donated_buffer=False, enable_autograd_cache=False):
+        return compiler(gm, inputs)  # type: ignore[no-any-return]
+
+
+class CompiledStep:
+    """The compiled callable of one graph. It may swap its plan, but only at a forward call."""
+
+    def __init__(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], options: Options, on_plan: OnPlan | None = None
+    ) -> None:
+        self.gm, self.options, self.on_plan = gm, options, on_plan
+        self.device = device_of(inputs)
+        self.steps = 0
+        self.session: Session
+        self.current = self._compile(inputs)
+
+    def _compile(self, inputs: Sequence[Any], certificates: Any = None) -> Callable[..., Any]:
+        session = Session(self.options, self.device, inputs, certificates=certificates or {})
+        compiled = run_autograd(session, self.gm, inputs)
+        session.example_inputs = None  # nothing may outlive the step because of us
+        self.session = session
+        if session.plan is not None and self.on_plan is not None:
+            self.on_plan(session.plan)
+        return compiled
+
+    def __call__(self, *arguments: Any) -> Any:
+        if torch.is_grad_enabled():
+            self.steps += 1
+            if self._due():
+                self._refresh(arguments)
+        return self.current(*arguments)
+
+    def _due(self) -> bool:
+        planned = self.session.planned
+        inverted = planned is not None and any(s.strategy in ("invert", "moonwalk") for s in planned.segments)
+        return inverted and (self.steps in REFRESH or self.steps % REFRESH_EVERY == 0)
+
+    def _refresh(self, arguments: Sequence[Any]) -> None:
+        """Measure the certificates again: training may have spoilt the conditioning."""
+        if not is_real(arguments):
+            return
+        session = self.session
+        assert session.planned is not None
+        certificates = session.certify(arguments, session.planned.segments)
+        error = session.error_under(certificates)
+        if error <= self.options.tolerance:
+            return
+        warnings.warn(
+            f"moonwalk: inversion would now cause a gradient error of {error:.1e}, above the tolerance "
+            f"{self.options.tolerance:.1e} (step {self.steps}); planning again without it where needed",
+            stacklevel=3,
+        )
+        with disable_current_modes():
+            self.current = self._compile(arguments, certificates)

@@ -1,0 +1,194 @@
+"""One captured graph on its way to a compiled step: plan it, certify it, lower it, and do so again when need be."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .describe import describe
+from .errors import BudgetError
+from .options import Options
+from .passes._torch_compat import FakeTensor, disable_current_modes
+from .passes.analysis import Analysis, analyse
+from .passes.capture import read_joint
+from .passes.certify import Certifier
+from .passes.cost import Device
+from .passes.emit import Facts, Schedule, Segment
+from .passes.graph import Role
+from .passes.lower import Half, Lowerer
+from .passes.plan import INVERTED, Certificate, Planned, Planner, chain_error
+from .passes.rewrite import to_halves
+from .passes.verify import verify
+from .report import Plan
+
+Certificates = dict[tuple[str, int], Certificate]
+
+
+def role_of(value: Any) -> Role:
+    """What an input of the captured graph is to the user. Dynamo marks the tensors that modules own."""
+    if isinstance(value, torch.nn.Parameter):
+        return "parameter"
+    return "buffer" if getattr(value, "_dynamo_static_input_type", None) else "input"
+
+
+def is_real(values: Sequence[Any]) -> bool:
+    return not any(isinstance(value, FakeTensor) for value in values)
+
+
+@dataclass
+class Session:
+    """Plans and lowers one graph. `example_inputs` are dropped by the caller once the first plan stands.
+
+    After `partition` has run (AOTAutograd calls it), `plan` is the public plan, and `forward` and `backward` are the
+    compiled halves.
+    """
+
+    options: Options
+    device: Device
+    example_inputs: Sequence[Any] | None
+    lower: bool = True
+    certificates: Certificates = field(default_factory=dict)
+    plan: Plan | None = None
+    forward: Half | None = None
+    backward: Half | None = None
+    analysis: Analysis | None = None
+    planned: Planned | None = None
+    facts: Facts = field(init=False)
+    lowerer: Lowerer = field(init=False)
+    positions: dict[int, int] = field(default_factory=dict)  # primal value -> position among the graph's inputs
+
+    # -- AOTAutograd's hooks ---------------------------------------------------------------------------------------
+
+    def partition(
+        self, joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """AOTAutograd's `partition_fn`: the joint graph in, the forward and the backward module out."""
+        started = time.perf_counter()
+        inputs = self.example_inputs or ()
+        places = input_positions(joint)
+        roles = {primal: role_of(inputs[flat]) for primal, flat in places.items() if flat < len(inputs)}
+        capture = read_joint(joint, num_fwd_outputs, self.device, roles)
+        self.positions = {capture.graph.primals[primal]: flat for primal, flat in places.items()}
+        self.analysis = analyse(capture, self.device)
+        self.facts = Facts(self.analysis)
+        self.lowerer = Lowerer(self.analysis, joint, self.options.lowering)
+        planner = Planner(self.facts, self.options.strategies, self.certificates, self.options.tolerance)
+        plain = planner.plain()
+        planned = self._certified(planner, plain)
+        verify(self.analysis, planned.schedule)
+        self.planned = planned
+        halves = (self.forward, self.backward) if self.forward and self.backward else None
+        self.plan = describe(self.analysis, planner, planned, plain, self.options, halves)
+        self.plan = replace(self.plan, planning_s=time.perf_counter() - started)
+        return to_halves(self.analysis, planned.schedule, joint)
+
+    def compile_forward(self, module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        assert self.forward is not None
+        return self.forward.call
+
+    def compile_backward(self, module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        assert self.backward is not None
+        return self.backward.call
+
+    # -- certificates ------------------------------------------------------------------------------------------------
+
+    def _certified(self, planner: Planner, plain: Planned, rounds: int = 6) -> Planned:
+        """Plan, measure what the plan inverts, and plan again until nothing is inverted without a certificate."""
+        inputs = self.example_inputs or ()
+        for _ in range(rounds):
+            planned = self._choose(planner, plain)
+            open_segments = planner.uncertified(planned.segments)
+            if not open_segments or not inputs or not is_real(inputs):
+                return self._lowered(planner, plain, planned)
+            planner.certify(self.certify(inputs, open_segments))
+        planner.strategies = tuple(name for name in planner.strategies if name not in INVERTED)
+        planner.certify({})
+        return self._lowered(planner, plain, self._choose(planner, plain))
+
+    def certify(self, inputs: Sequence[Any], segments: Iterable[Segment]) -> Certificates:
+        """Measure certificates on real inputs of the captured graph (parameters included)."""
+        assert self.analysis is not None
+        primals = {value: inputs[flat] for value, flat in self.positions.items() if isinstance(inputs[flat], Tensor)}
+        unknown = len(primals) < len(self.analysis.graph.primals)
+        with disable_current_modes(), torch.no_grad():
+            if unknown:
+                return {(s.strategy, i): Certificate(math.inf, math.inf) for s in segments for i in s.span}
+            return Certifier(self.analysis, self.facts, primals).measure(segments)
+
+    def error_under(self, certificates: Certificates) -> float:
+        """The predicted gradient error of the present plan under newly measured certificates."""
+        assert self.planned is not None
+        return max((chain_error(s, certificates) for s in self.planned.segments if s.strategy in INVERTED), default=0.0)
+
+    # -- choosing ------------------------------------------------------------------------------------------------------
+
+    def _choose(self, planner: Planner, plain: Planned, less: int = 0) -> Planned:
+        """The plan as simulated; `less` bytes are taken off the budget."""
+        if self.options.budget is None:
+            return planner.slowed(self.options.max_slowdown * plain.seconds)
+        limit = self.options.budget.resolve(plain.peak)
+        planned = planner.within(limit - less)
+        if planned is None:
+            raise self._budget_error(planner, limit, less)
+        return planned
+
+    def _lowered(self, planner: Planner, plain: Planned, planned: Planned, rounds: int = 4) -> Planned:
+        """Lower a plan; where the generated code needs more than the budget, plan again with that much less."""
+        if not self.lower:
+            return planned
+        limit = None if self.options.budget is None else self.options.budget.resolve(plain.peak)
+        less = 0
+        for _ in range(rounds):
+            peak = max(planned.peak if self.options.lowering == "eager" else 0, self._lower(planned.schedule))
+            if limit is None or peak <= limit:
+                return planned
+            less += peak - limit
+            planned = self._choose(planner, plain, less)
+        assert limit is not None
+        raise self._budget_error(planner, limit, less)
+
+    def _budget_error(self, planner: Planner, limit: int, excess: int) -> BudgetError:
+        smallest = planner.smallest()
+        return BudgetError(limit, smallest.peak + max(0, excess), pinned_tensors(planner, smallest))
+
+    def _lower(self, schedule: Schedule) -> int:
+        """Compile both halves; return the larger peak of what was generated (0 where nothing but the plan is known)."""
+        assert self.analysis is not None
+        self.forward, self.backward = self.lowerer.halves(schedule, self.analysis.graph.output_values)
+        return max(half.timeline.peak if half.timeline else 0 for half in (self.forward, self.backward))
+
+
+def input_positions(joint: fx.GraphModule) -> dict[int, int]:
+    """The position in the captured graph's inputs of each primal, by AOTAutograd's descriptions."""
+    found, primal = {}, 0
+    for node in joint.graph.find_nodes(op="placeholder"):
+        if "tangents" in str(node.target):
+            continue
+        index = getattr(node.meta.get("desc"), "idx", None)
+        if isinstance(index, int):
+            found[primal] = index
+        primal += 1
+    return found
+
+
+def pinned_tensors(planner: Planner, planned: Planned, most: int = 6) -> tuple[str, ...]:
+    """The largest values that are alive at the peak of a plan."""
+    graph, schedule = planner.analysis.graph, planned.schedule
+    backward = planned.backward.peak >= planned.forward.peak
+    program, timeline = (schedule.backward, planned.backward) if backward else (schedule.forward, planned.forward)
+    if not timeline.during:
+        return ()
+    at = timeline.during.index(max(timeline.during))
+    made = {slot: (-1, value) for slot, value in program.inputs}
+    made |= {i.slot: (p, i.value) for p, i in enumerate(program.instructions) if i.value is not None}
+    alive = {value for slot, (born, value) in made.items() if born <= at <= program.last_use.get(slot, born)}
+    charges = planner.analysis.charges
+    roots = {charges[value] for value in alive if charges[value][1]}
+    largest = sorted(roots, key=lambda item: -item[1])[:most]
+    return tuple(f"{graph.values[root].name} ({size / 2**20:.1f} MiB)" for root, size in largest)

@@ -1,0 +1,232 @@
+"""Certificates: how far inversion may be trusted, measured on real values.
+
+For every block, a local error and a growth are measured along the chain that the backward pass will really walk.
+Recovering a block twice (recover, apply the block, recover again) shows the noise it adds itself; one random
+perturbation, carried through the whole chain and never redrawn, shows how it amplifies what it is given. A probe that
+is redrawn at each block misses operators that are aligned with each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .analysis import Analysis
+from .emit import Facts, Segment, random_residue
+from .graph import Edge
+from .interpret import run_edge
+from .plan import INVERTED, Certificate
+
+PROBE = 1e-3  # relative size of the carried perturbation; 1e-2 to 1e-4 give the same growth
+
+State = dict[int, Tensor]
+
+
+class Values:
+    """An environment that runs edges on demand and forgets what is not asked for again."""
+
+    def __init__(self, analysis: Analysis, primals: Mapping[int, Tensor]) -> None:
+        self.analysis, self.primals = analysis, dict(primals)
+
+    def run(self, edges: Iterable[Edge], start: Mapping[int, Tensor], wanted: Iterable[int]) -> State:
+        """The `wanted` values after running `edges` in order from `start`; each other value dies after its last use."""
+        edges, wanted = list(edges), set(wanted)
+        last = {value: position for position, edge in enumerate(edges) for value in edge.needs}
+        reached: State = dict(start)
+        for position, edge in enumerate(edges):
+            needs = [self._value(value, reached) for value in edge.needs]
+            reached.update(zip(edge.gives, run_edge(edge, needs), strict=True))
+            del needs
+            for value in edge.needs:
+                if last[value] == position and value not in wanted:
+                    reached.pop(value, None)
+        return {value: reached[value] for value in wanted if value in reached}
+
+    def _value(self, value: int, reached: State) -> Tensor:
+        if value in reached:
+            return reached[value]
+        if value in self.primals:
+            return self.primals[value]
+        edge = self.analysis.graph.definition[value]  # a view of an input
+        return dict(zip(edge.gives, run_edge(edge, [self._value(v, reached) for v in edge.needs]), strict=True))[value]
+
+
+@dataclass(frozen=True)
+class _Link:
+    """One block of a chain: `recover` walks it as the backward pass will, `apply` undoes that exactly."""
+
+    block: int
+    recover: Callable[[State], State]
+    apply: Callable[[State, State], State]
+    noisy: tuple[int, ...]  # the values after `recover` that carry the noise
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    norms = [tensor.float().norm() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.norm() for tensor in tensors]
+    return float(torch.stack([norm.double() for norm in norms]).norm()) if norms else 0.0
+
+
+def _distance(first: State, second: State, among: Iterable[int]) -> float:
+    """Relative distance over the floating-point tensors of `among`."""
+    shared = [value for value in among if first[value].is_floating_point()]
+    scale = _norm(first[value] for value in shared)
+    return _norm(first[value] - second[value] for value in shared) / max(scale, 1e-300)
+
+
+def _perturbed(state: State, generator: torch.Generator) -> State:
+    def noisy(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
+        return tensor + noise * (PROBE * tensor.norm() / max(float(noise.norm()), 1e-30))
+
+    return {value: noisy(tensor) for value, tensor in state.items()}
+
+
+def measure_chain(links: Sequence[_Link], start: State, carried: State) -> Iterator[tuple[int, Certificate]]:
+    """Walk a chain with a probe. `carried` are the values (of `start`) that the probe perturbs."""
+    generator = torch.Generator().manual_seed(0)
+    state, probe = start, {**start, **_perturbed(carried, generator)}
+    before = _distance(carried, probe, carried)
+    for link in links:
+        reached, moved = link.recover(state), link.recover(probe)
+        local = _distance(reached, link.recover(link.apply(reached, state)), link.noisy)
+        after = _distance(reached, moved, link.noisy)
+        growth = after / before if before > 0 else 1.0
+        finite = all(bool(torch.isfinite(t).all()) for t in reached.values())
+        yield link.block, Certificate(local, growth) if finite else Certificate(float("inf"), float("inf"))
+        state, probe, before = reached, moved, max(after, 1e-12)
+
+
+class Certifier:
+    """Measures certificates for a step on real values of its inputs."""
+
+    def __init__(self, analysis: Analysis, facts: Facts, primals: Mapping[int, Tensor]) -> None:
+        self.analysis, self.facts = analysis, facts
+        self.values = Values(analysis, primals)
+
+    @torch.no_grad()
+    def measure(self, segments: Iterable[Segment]) -> dict[tuple[str, int], Certificate]:
+        """Certificates by (strategy, block) for inverted segments, each walked as the backward pass will walk it."""
+        chains = [segment for segment in segments if segment.strategy in INVERTED]
+        if not chains:
+            return {}
+        with torch.random.fork_rng():
+            kept = self._forward(self._wanted(chains))
+            found: dict[tuple[str, int], Certificate] = {}
+            for segment in chains:
+                walk = self._invert if segment.strategy == "invert" else self._moonwalk
+                found |= {(segment.strategy, block): c for block, c in walk(segment.span, kept)}
+        return found
+
+    def _wanted(self, chains: Iterable[Segment]) -> dict[int, set[int]]:
+        """What is to be kept of each block: where chains begin, and the residuals of spines."""
+        wanted: dict[int, set[int]] = {}
+        for segment in chains:
+            if segment.strategy == "invert":
+                wanted.setdefault(segment.last, set()).update(self.analysis.blocks[segment.last].live_out)
+                continue
+            if segment.first:
+                before = self.analysis.blocks[segment.first - 1].live_out
+                wanted.setdefault(segment.first - 1, set()).update(before)
+            for index in segment.span:
+                wanted.setdefault(index, set()).update(self.facts.spine(index).residuals)
+        return wanted
+
+    def _forward(self, wanted: Mapping[int, set[int]]) -> dict[int, State]:
+        """One forward pass; of each block, the `wanted` values are kept."""
+        kept: dict[int, State] = {}
+        state: State = {}
+        for block in self.analysis.blocks:
+            edges = [*block.forward, *block.late]
+            extra = wanted.get(block.index, set())
+            masks = {v for edge in edges if edge.random for v in random_residue(self.analysis, edge)}
+            codecs = [p.encode for p in self._packs(block.index) if p.kept in extra]
+            wanted_here = {*block.live_out, *extra, *masks}
+            reached = self.values.run(_ancestors([*edges, *codecs], wanted_here), state, wanted_here)
+            kept[block.index] = {value: reached[value] for value in (*extra, *masks) if value in reached}
+            state = {value: reached[value] for value in block.live_out}
+        return kept
+
+    def _packs(self, index: int) -> list:  # type: ignore[type-arg]
+        return [*self.analysis.signs[index], *self.analysis.packs.values()]
+
+    def _invert(self, run: range, kept: Mapping[int, State]) -> Iterator[tuple[int, Certificate]]:
+        start = {value: kept[run[-1]][value] for value in self.analysis.blocks[run[-1]].live_out}
+        links = [self._inversion(index, kept[index]) for index in reversed(run)]
+        return measure_chain(links, start, start)
+
+    def _inversion(self, index: int, masks: State) -> _Link:
+        block = self.analysis.blocks[index]
+        edges = self.facts.inversion(index).program(block.live_in)
+
+        def recover(state: State) -> State:
+            reached = self.values.run(edges, {**masks, **state}, block.live_in)
+            return {value: reached.get(value, state.get(value)) for value in block.live_in}  # type: ignore[misc]
+
+        def apply(state: State, _: State) -> State:
+            reached = self.values.run(self._forward_edges(index), {**masks, **state}, block.live_out)
+            return {value: reached.get(value, state.get(value)) for value in block.live_out}  # type: ignore[misc]
+
+        return _Link(index, recover, apply, block.live_in)
+
+    def _forward_edges(self, index: int) -> list[Edge]:
+        return [edge for edge in self.analysis.recover(self.analysis.blocks[index]) if edge.kind == "forward"]
+
+    def _moonwalk(self, run: range, kept: Mapping[int, State]) -> Iterator[tuple[int, Certificate]]:
+        """A random cotangent goes down the spine; the sweep starts from what arrives."""
+        blocks = self.analysis.blocks
+        generator = torch.Generator().manual_seed(1)
+        cotangents = {value: self._random(value, generator) for value in blocks[run[-1]].cotangents_in}
+        for index in reversed(run):
+            cotangents = self._down(index, cotangents, kept[index])
+        entry = kept.get(run[0] - 1, {})
+        start = {**{value: entry[value] for value in blocks[run[0]].live_in}, **cotangents}
+        links = [self._sweep(index, kept[index]) for index in run]
+        return measure_chain(links, start, cotangents)
+
+    def _random(self, value: int, generator: torch.Generator) -> Tensor:
+        fake = self.analysis.fakes[value]
+        return torch.randn(tuple(fake.shape), generator=generator).to(device=fake.device, dtype=fake.dtype)
+
+    def _down(self, index: int, cotangents: State, kept: State) -> State:
+        block = self.analysis.blocks[index]
+        solution = self.facts.spine(index).solution
+        edges = [edge for edge in solution.program(block.cotangents_out) if edge.label != "residual"]
+        reached = self.values.run(edges, {**kept, **cotangents}, block.cotangents_out)
+        return {value: reached.get(value, cotangents.get(value)) for value in block.cotangents_out}  # type: ignore[misc]
+
+    def _sweep(self, index: int, masks: State) -> _Link:
+        block = self.analysis.blocks[index]
+        solution = self.facts.sweep(index)
+        up = solution.program((*block.live_out, *block.cotangents_in))
+        true_spine = _ancestors(block.backward, block.cotangents_out)
+        reads = {v for edge in true_spine for v in edge.needs}
+
+        def recover(state: State) -> State:
+            wanted = {*block.live_out, *block.cotangents_in}
+            reached = self.values.run(up, {**masks, **state}, wanted)
+            return {value: reached.get(value, state.get(value)) for value in wanted}  # type: ignore[misc]
+
+        def apply(state: State, before: State) -> State:
+            """The backward edges as they stand in the joint graph: exact zeros and ties show here."""
+            entry = {value: before[value] for value in block.live_in}
+            edges = [*self._forward_edges(index)]
+            forward = self.values.run(edges, {**masks, **entry}, {*reads, *block.live_in})
+            cotangents = {value: state[value] for value in block.cotangents_in}
+            reached = self.values.run(true_spine, {**forward, **cotangents}, block.cotangents_out)
+            return {**entry, **{v: reached.get(v, state.get(v)) for v in block.cotangents_out}}  # type: ignore[dict-item]
+
+        return _Link(index, recover, apply, block.cotangents_in)
+
+
+def _ancestors(edges: Sequence[Edge], wanted: Iterable[int]) -> list[Edge]:
+    needed, chosen = set(wanted), []
+    for edge in reversed(edges):
+        if needed & set(edge.gives):
+            chosen.append(edge)
+            needed.update(edge.needs)
+    return chosen[::-1]

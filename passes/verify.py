@@ -1,0 +1,75 @@
+"""Checks on emitted programs, run after emission and before anything is lowered."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from .analysis import Analysis
+from .emit import Schedule, Segment
+from .graph import refs_in
+from .program import Program
+
+
+class VerificationError(AssertionError):
+    """A program of ours is wrong: a bug of the compiler, never of the user."""
+
+
+def verify(analysis: Analysis, schedule: Schedule) -> None:
+    """Raise unless both programs are in order, complete, and emit no random or mutating operation twice."""
+    for name, program in (("forward", schedule.forward), ("backward", schedule.backward)):
+        _in_order(name, program)
+    _complete(analysis, schedule)
+    _once(analysis, schedule)
+
+
+def _in_order(name: str, program: Program) -> None:
+    known = {slot for slot, _ in program.inputs}
+    for position, instruction in enumerate(program.instructions):
+        missing = [slot for slot in instruction.operation.reads if slot not in known]
+        if missing:
+            raise VerificationError(f"{name} program: instruction {position} reads slots {missing} before they are made")
+        if instruction.slot in known:
+            raise VerificationError(f"{name} program: slot {instruction.slot} is made twice")
+        known.add(instruction.slot)
+    for ref in refs_in(program.outputs):
+        if ref.slot not in known:
+            raise VerificationError(f"{name} program: output slot {ref.slot} is never made")
+
+
+def _complete(analysis: Analysis, schedule: Schedule) -> None:
+    graph = analysis.graph
+    for wanted, given in ((graph.gradients, schedule.backward.outputs),):
+        if len(wanted) != len(given):
+            raise VerificationError(f"{len(wanted)} gradients are wanted, {len(given)} are produced")
+    if len(schedule.forward.outputs) != len(graph.outputs) + len(schedule.kept):
+        raise VerificationError("the forward program does not hand over what the backward program takes")
+    tangents = [value for _, value in schedule.backward.inputs[len(schedule.kept) :]]
+    if tuple(tangents) != graph.tangents:
+        raise VerificationError("the tangents are not the last inputs of the backward program")
+
+
+def _once(analysis: Analysis, schedule: Schedule) -> None:
+    single = {edge.operations[0].target: edge.label for edge in analysis.graph.edges if edge.random or edge.effect}
+    expected = Counter(
+        str(edge.operations[0].target) for edge in analysis.graph.edges if edge.random or edge.effect
+    )
+    found = Counter(
+        str(instruction.operation.target)
+        for program in (schedule.forward, schedule.backward)
+        for instruction in program.instructions
+        if instruction.operation.target in single
+    )
+    for target, count in found.items():
+        if count > expected[target]:
+            raise VerificationError(f"{target} is random or mutating and is emitted {count} times, not {expected[target]}")
+
+
+def covered(segments: Sequence[Segment], certified: set[tuple[str, int]]) -> bool:
+    """Whether every inverted block has a certificate."""
+    return all(
+        (segment.strategy, block) in certified
+        for segment in segments
+        if segment.strategy in ("invert", "moonwalk")
+        for block in segment.span
+    )

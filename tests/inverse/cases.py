@@ -1,0 +1,232 @@
+"""Cases for the universal tester: every rule, what must be refused, and blocks of real nets."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .check import Case
+
+aten = torch.ops.aten
+
+POINTWISE = [
+    Case("add", lambda x, b: x + b, "bn bn"),
+    Case("add with alpha, broadcast", lambda x, b: torch.add(x, b, alpha=2), "bn n"),
+    Case("add to the second", lambda x, b: torch.add(b, x, alpha=-3), "bn n"),
+    Case("add a number", lambda x: x + 1.5, "bn"),
+    Case("sub", lambda x, b: torch.sub(x, b, alpha=2), "bn n"),
+    Case("sub from", lambda x, b: torch.sub(b, x, alpha=0.5), "bn n"),
+    Case("rsub", lambda x: 2.0 - x, "bn"),
+    Case("rsub a tensor", lambda x, b: torch.rsub(x, b, alpha=2), "bn bn"),
+    Case("mul", lambda x, b: x * b, "bn n"),
+    Case("mul by a number", lambda x: 3 * x, "bn"),
+    Case("div", lambda x, b: x / b, "bn n"),
+    Case("div by a number", lambda x: x / 3, "bn"),
+    Case("div of", lambda x, b: b / (2 + x.tanh()), "bn n"),
+    Case("neg", lambda x: -x, "bn"),
+    Case("reciprocal", lambda x: (2 + x.tanh()).reciprocal(), "bn"),
+    Case("exp", torch.exp, "bn"),
+    Case("log", lambda x: (2 + x.tanh()).log(), "bn"),
+    Case("expm1", torch.expm1, "bn"),
+    Case("log1p", lambda x: x.exp().log1p(), "bn"),
+    Case("sqrt", lambda x: x.exp().sqrt(), "bn"),
+    Case("rsqrt", lambda x: x.exp().rsqrt(), "bn", vijp=False),  # its gradient cubes the result
+    Case("tanh", torch.tanh, "bn"),
+    Case("atanh", lambda x: (0.5 * x.tanh()).atanh(), "bn"),
+    Case("sigmoid", torch.sigmoid, "bn"),
+    Case("sinh", torch.sinh, "bn"),
+    Case("asinh", torch.asinh, "bn"),
+    Case("atan", torch.atan, "bn"),
+    Case("leaky_relu", lambda x: F.leaky_relu(x, 0.2), "bn"),
+    Case("abs", torch.abs, "bn", invert=False),
+]
+
+SHAPE = [
+    Case("view", lambda x: x.view(-1) * 2, "bn"),
+    Case("_unsafe_view", lambda x, w: x @ w, "bkn nn"),
+    Case("squeeze", lambda x: x.squeeze(1) * 2, "b1n"),
+    Case("unsqueeze", lambda x: x.unsqueeze(1) * 2, "bn"),
+    Case("clone", lambda x: x.clone(), "bn"),
+    Case("contiguous", lambda x: x.t().contiguous().view(-1), "bn"),
+    Case("alias", lambda x: aten.alias(x) * 2, "bn"),
+    Case("detach", lambda x, p: x.detach() * p + 0 * x, "bn n", invert=False, vijp=False),
+    Case("memory format", lambda x: x.to(memory_format=torch.channels_last), "bnkk"),
+    Case("same dtype", lambda x: aten._to_copy(x, dtype=torch.float64), "bn"),
+    Case("permute", lambda x: x.permute(2, 0, 1) * 2, "bnk"),
+    Case("transpose", lambda x: x.transpose(0, -1) * 2, "bnk"),
+    Case("t", lambda x: x.t() * 2, "bn"),
+    Case("flip", lambda x: x.flip(0, -1), "bnk"),
+    Case("roll", lambda x: x.roll((1, -2), (0, 1)), "bnk"),
+    Case("roll flat", lambda x: x.roll(2), "bn"),
+    Case("expand", lambda x: x.expand(5, -1, 3, -1).exp(), "b1n", vijp=False),
+    Case("sum", lambda x: x.sum(1), "bn", invert=False),
+    Case("mean", lambda x: x.mean(0, keepdim=True), "bn", invert=False),
+    Case("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), "b8nk"),
+    Case("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2), "bn46"),
+    Case("pad", lambda x: F.pad(x, (1, 2, 0, 1)), "bnk", vijp=False),
+    Case("crop", lambda x: F.pad(x, (-1, 0)), "bn", invert=False),
+    Case("one slice", lambda x: x[:, 1:], "bn", invert=False),
+    Case("one selection", lambda x: x[:, 1], "bn", invert=False),
+    Case("cat", lambda x: torch.cat([x, x.exp()], 1), "bn", vijp=False),
+    Case("cat of pieces", lambda x: torch.cat(x.split([1, 2, 1], 1)[::-1], 1), "b4"),
+    Case("cat with a parameter", lambda x, p: torch.cat([x, p], 0), "bn mn", vijp=False),
+    Case("split", lambda x: torch.cat(x.split(2, 0)[::-1]), "4n"),
+    Case("unbind, stack", lambda x: torch.stack(x.unbind(1)[::-1], 0), "bn"),
+    Case("an item nobody reads", lambda x: torch.cat(x.split(2, 1)[:1], 1), "b4", invert=False),
+]
+
+LINEAR = [
+    Case("mm, square", lambda x, w: x @ w, "bn nn"),
+    Case("mm from the left", lambda x, w: w @ x, "nb nn"),
+    Case("mm, narrowing", lambda x, w: x @ w, "bn nm", invert=False),
+    Case("mm, widening", lambda x, w: x @ w, "bn nw", vijp=False),
+    Case("bmm", lambda x, w: torch.bmm(x, w), "kbn knn"),
+    Case("addmm", F.linear, "bn nn n"),
+    Case("addmm, widening", F.linear, "bn wn w", vijp=False),
+    Case("addmm, scaled", lambda x, w, b: torch.addmm(b, x, w, alpha=2), "bn nn n", invert=False),
+    Case("linear of three dimensions", F.linear, "bkn nn n"),
+]
+
+
+def _conv(**settings: object) -> object:
+    return lambda x, w, b=None: F.conv2d(x, w, b, **settings)
+
+
+CONVOLUTION = [
+    Case("convolution 1x1", _conv(), "bnkk nn11 n"),
+    Case("convolution 1x1, narrowing", _conv(), "bnkk mn11", invert=False),
+    Case("convolution 1x1, widening", _conv(), "bnkk wn11", vijp=False),
+    Case("convolution 1x1, strided", _conv(stride=2), "bnww mn11 m", invert=False),
+    Case("patchify, square", _conv(stride=2), "b246 8222 8"),
+    Case("patchify, narrowing", _conv(stride=2), "b246 6222", invert=False),
+    Case("patchify, widening", _conv(stride=2), "b246 9222", vijp=False),
+    Case("patchify, cropping", _conv(stride=2), "b257 8222", invert=False),
+    Case("patchify in one dimension", lambda x, w: F.conv1d(x, w, stride=3), "b26 623"),
+    Case("channels last", lambda x, w: F.conv2d(x.to(memory_format=torch.channels_last), w, stride=2), "b246 8222"),
+    Case("transposed", lambda x, w, b: F.conv_transpose2d(x, w, b, stride=2), "b843 8222 2"),
+    Case("transposed, narrowing", lambda x, w: F.conv_transpose2d(x, w, stride=2), "b943 9222", invert=False),
+    Case("transposed, widening", lambda x, w: F.conv_transpose2d(x, w, stride=2), "b643 6222", vijp=False),
+    Case("overlapping", _conv(padding=1), "b2kk 2233", invert=False, vijp=False),
+    Case("padded 1x1", _conv(padding=1), "bnkk nn11", invert=False, vijp=False),
+    Case("dilated", _conv(stride=2, dilation=2), "b266 8222", invert=False, vijp=False),
+    Case("grouped", _conv(groups=2), "b4kk 4211", invert=False, vijp=False),
+]
+
+REFUSED = [
+    Case("sin", torch.sin, "bn", invert=False),
+    Case("cos", torch.cos, "bn", invert=False),
+    Case("square", torch.square, "bn", invert=False),
+    Case("x times x", lambda x: x * x, "bn", invert=False, vijp=False),
+    Case("relu", torch.relu, "bn", invert=False, vijp=False),
+    Case("gelu", F.gelu, "bn", invert=False, vijp=False),
+    Case("leaky_relu falling", lambda x: F.leaky_relu(x, -0.2), "bn", invert=False, vijp=False),
+    Case("leaky_relu flat", lambda x: F.leaky_relu(x, 0.0), "bn", invert=False, vijp=False),
+    Case("prelu", F.prelu, "bn 1", invert=False, vijp=False),
+    Case("mul by zero", lambda x: x * 0, "bn", invert=False, vijp=False),
+    Case("the broadcast side", lambda x, b: x + b, "1n wn", invert=False, vijp=False),
+    Case("to lower precision", lambda x: x.float(), "bn", invert=False, vijp=False),
+    Case("to higher precision", lambda x: x.float().double(), "bn", invert=False, vijp=False),
+    Case("a view of the bits", lambda x: x + x.detach().view(torch.int64).abs().clamp(max=1), "bn", invert=False),
+    Case("rounding", lambda x: torch.div(x, 2, rounding_mode="floor") + 0 * x, "bn", invert=False, vijp=False),
+    Case("masking", lambda x: x.masked_fill(x > 0, 0), "bn", invert=False, vijp=False),
+    Case("overlapping slices", lambda x: torch.cat([x[:, :3], x[:, 2:]], 1), "b6", invert=False, vijp=False),
+    Case("a hole", lambda x: torch.cat([x[:, :2], x[:, 3:]], 1), "b6", invert=False),
+    Case("max alone", lambda x: torch.maximum(x[:, :2], x[:, 2:]), "b4", invert=False, vijp=False),
+    Case("maxmin of different pairs", lambda x: _maxmin_of_three(x), "b6", invert=False, vijp=False),
+    Case("cumsum", lambda x: x.cumsum(1), "bn", invert=False, vijp=False),
+    Case("gather", lambda x: x.gather(1, torch.zeros_like(x, dtype=torch.int64)), "bn", invert=False, vijp=False),
+]
+
+
+def _maxmin_of_three(x: Tensor) -> Tensor:
+    a, b, c = x.chunk(3, 1)
+    return torch.cat([torch.maximum(a, b), torch.minimum(b, c)], 1)
+
+
+def _maxmin(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], -1)
+
+
+def _maxmin_turned(x: Tensor) -> Tensor:
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack([torch.min(b, a), torch.max(a, b)], -1).flatten(-2)
+
+
+def _sort_pairs(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, 2)).sort(dim=-1).values.flatten(-2)
+
+
+def _half(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.gelu(F.layer_norm(x, x.shape[-1:]) @ up) @ down
+
+
+def _additive(x: Tensor, *weights: Tensor) -> Tensor:
+    for up, down in zip(weights[::2], weights[1::2], strict=True):
+        a, b = x.chunk(2, -1)
+        b = b + _half(a, up, down)
+        x = torch.cat([b, a], -1)
+    return x
+
+
+def _additive_slices(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    a, b = x[..., :4], x[..., 4:]
+    b = b + _half(a, up, down)
+    a = a + _half(b, up, down)
+    return torch.cat([a, b], -1)
+
+
+def _additive_interleaved(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    a, b = x[..., ::2], x[..., 1::2]
+    a = a + _half(b, up, down)
+    return torch.stack([a, b], -1).flatten(-2)
+
+
+def _affine(x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    b = b * torch.exp(torch.tanh(a @ s)) + a @ t
+    a = a * torch.exp(torch.tanh(b @ s)) + b @ t
+    return torch.cat([a, b], -1)
+
+
+def _leapfrog(x: Tensor, w: Tensor) -> Tensor:
+    q, p = x.unbind(0)
+    for _ in range(3):
+        p = p - 0.1 * torch.tanh(q @ w) @ w.t()
+        q = q + 0.1 * p
+    return torch.stack([q, p])
+
+
+def _momentum(x: Tensor, w: Tensor) -> Tensor:
+    x, v = x.chunk(2, -1)
+    for _ in range(3):
+        v = 0.9 * v + 0.1 * torch.tanh(x @ w)
+        x = x + v
+    return torch.cat([x, v], -1)
+
+
+def _space_to_depth(x: Tensor) -> Tensor:
+    return torch.cat([x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], 1)
+
+
+COMPOSITE = [
+    Case("additive coupling", _additive, "b8 46 64 46 64"),
+    Case("additive coupling of slices", _additive_slices, "bk8 46 64"),
+    Case("additive coupling, interleaved", _additive_interleaved, "b8 46 64"),
+    Case("affine coupling", _affine, "b8 44 44"),
+    Case("leapfrog", _leapfrog, "2bn nn"),
+    Case("momentum", _momentum, "b8 44"),
+    Case("space to depth", _space_to_depth, "bn46"),
+    Case("slices and selections", lambda x: torch.cat([x[:, 3:], x[:, :2], x[:, 2, None]], 1) * 2, "b6"),
+    Case("linear and abs", lambda x, w: (x @ w).abs() @ w, "bn nn", invert=False),
+    Case("linear and leaky_relu", lambda x, w: F.leaky_relu(x @ w, 0.5) @ w, "bn nn"),
+    Case("linear and maxmin", lambda x, w: _maxmin(_maxmin(x @ w) @ w), "b4 44", invert=False),
+    Case("linear and maxmin, turned", lambda x, w: _maxmin_turned(x @ w), "bk4 44", invert=False),
+    Case("linear and sorted pairs", lambda x, w: _sort_pairs(_sort_pairs(x @ w) @ w), "b4 44", invert=False),
+    Case("sort", lambda x: x.sort(dim=0, descending=True, stable=True).values, "bn", invert=False),
+    Case("residual through slices", lambda x, w: x + torch.cat([x[:, :2], x[:, 2:] @ w], 1), "b4 22", False, False),
+    Case("nested", lambda x, u, d, w: F.leaky_relu(_additive(x, u, d) @ w, 0.3).sinh(), "b8 46 64 88"),
+]
+
+CASES = [*POINTWISE, *SHAPE, *LINEAR, *CONVOLUTION, *REFUSED, *COMPOSITE]
