@@ -12,7 +12,7 @@ from torch import nn
 from .backend import compile_graph, device_of, run_autograd
 from .errors import CaptureError, MoonwalkError
 from .options import Options
-from .passes._torch_compat import BackendCompilerFailed, FakeTensorMode, TorchDynamoException, dynamo_config
+from .passes._torch_compat import BackendCompilerFailed, FakeTensorMode, TorchDynamoException, dynamo_config, wrap_inline
 from .passes.cost import find_device
 from .report import Plan
 from .session import Session
@@ -49,8 +49,8 @@ def moonwalk_compile(
     options = Options(budget, max_slowdown, tuple(strategies), tolerance, lowering)  # type: ignore[arg-type]
     driver = _Driver(model, options, fullgraph)
     model.plan = None  # type: ignore[assignment]
-    model.compile(backend=driver.backend, fullgraph=fullgraph, dynamic=False)
-    driver.compiled = model._compiled_call_impl  # type: ignore[assignment]
+    # As `model.compile` does, but through a frame of ours: Dynamo skips a forward that belongs to torch.nn itself.
+    driver.compiled = torch.compile(wrap_inline(model._call_impl), backend=driver.backend, fullgraph=fullgraph, dynamic=False)
     model._compiled_call_impl = driver  # type: ignore[assignment]
     if example_inputs is not None:
         driver.set_plan(plan_only(model, tuple(example_inputs), options))
@@ -128,9 +128,8 @@ def plan_only(model: nn.Module, inputs: tuple[Any, ...], options: Options, devic
                 plans.append(session.plan)
         raise _Planned
 
-    torch._dynamo.reset_code(type(model).forward.__code__) if hasattr(type(model).forward, "__code__") else None
     try:
-        torch.compile(model._call_impl, backend=backend, fullgraph=True, dynamic=False)(*inputs)
+        torch.compile(wrap_inline(model._call_impl), backend=backend, fullgraph=True, dynamic=False)(*inputs)
     except TorchDynamoException as error:
         ours = unwrap(error)
         if isinstance(ours, MoonwalkError):

@@ -3,6 +3,7 @@
 from torch._dynamo.backends.common import aot_autograd as dynamo_aot_autograd
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.external_utils import wrap_inline
 from torch._functorch import config as functorch_config
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import detect_fake_mode
@@ -26,4 +27,5 @@ __all__ = [
     "tree_flatten",
     "tree_map",
     "unset_fake_temporarily",
+    "wrap_inline",
 ]

@@ -93,7 +93,10 @@ def measure_chain(links: Sequence[_Link], start: State, carried: State) -> Itera
     before = _distance(carried, probe, carried)
     for link in links:
         reached, moved = link.recover(state), link.recover(probe)
-        local = _distance(reached, link.recover(link.apply(reached, state)), link.noisy)
+        # What was recovered lies on the coarse grid of the rounding that it went through, and would come back exactly.
+        rough = {**reached, **_perturbed({value: reached[value] for value in link.noisy}, generator)}
+        local = _distance(rough, link.recover(link.apply(rough, state)), link.noisy)
+        del rough
         after = _distance(reached, moved, link.noisy)
         growth = after / before if before > 0 else 1.0
         finite = all(bool(torch.isfinite(t).all()) for t in reached.values())

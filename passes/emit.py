@@ -144,6 +144,7 @@ class BackwardEmitter:
         self.facts, self.analysis, self.graph = facts, facts.analysis, facts.analysis.graph
         self.builder = Builder(self.graph)
         self.kept, self.given = frozenset(kept), frozenset(given)
+        self.kept |= {self.analysis.packs[value].kept for value in self.kept if value in self.analysis.packs}
         self.routes: dict[int, Edge] = {}
         self.default = self._forward_routes(range(len(self.analysis.blocks)) if span is None else span)
 
