@@ -1,5 +1,6 @@
 """A GPT-style character model on the text of Python's own help topics; it returns its loss when targets are given."""
 
+import random
 from collections.abc import Iterator
 from functools import cache
 from pydoc_data.topics import topics
@@ -95,7 +96,7 @@ def build(
 def sample(batch: int, tokens: int) -> tuple[Tensor, Tensor]:
     """Random pieces of the text, and the same pieces one character later."""
     text, _ = corpus()
-    starts = torch.randint(len(text) - tokens, (batch,)).tolist()
+    starts = [random.randrange(len(text) - tokens) for _ in range(batch)]
     pieces = torch.stack([text[start : start + tokens + 1] for start in starts])
     return pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous()
 

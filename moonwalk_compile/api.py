@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .backend import compile_graph, device_of, run_autograd
+from .backend import compile_graph, device_of, needs_gradient, run_autograd
 from .errors import CaptureError, MoonwalkError
 from .options import Options
-from .passes._torch_compat import BackendCompilerFailed, FakeTensorMode, TorchDynamoException, dynamo_config, wrap_inline
+from .passes._torch_compat import (
+    BackendCompilerFailed,
+    FakeTensorMode,
+    TorchDynamoException,
+    dynamo_config,
+    dynamo_counters,
+    tree_flatten,
+    wrap_inline,
+)
 from .passes.cost import find_device
 from .report import Plan
 from .session import Session
@@ -64,10 +73,11 @@ class _Driver:
         self.model, self.options, self.fullgraph = model, options, fullgraph
         self.compiled: Callable[..., Any] = model._call_impl
         self.plain = False
-        self.graphs = 0
+        self.graphs = 0  # compiled for training
+        self.warned = False
 
     def backend(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.graphs += 1
+        self.graphs += needs_gradient(example_inputs)
         return compile_graph(gm, example_inputs, self.options, self.set_plan)
 
     def set_plan(self, plan: Plan) -> None:
@@ -76,12 +86,29 @@ class _Driver:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.plain:
             return self.model._call_impl(*args, **kwargs)
+        graphs, breaks = self.graphs, Counter(dynamo_counters["graph_break"])
         try:
             with dynamo_config.patch(recompile_limit=SIZES, accumulated_recompile_limit=4 * SIZES):
-                return self.compiled(*args, **kwargs)
+                result = self.compiled(*args, **kwargs)
         except TorchDynamoException as error:
             self._give_up(error)
-        return self.model._call_impl(*args, **kwargs)
+            return self.model._call_impl(*args, **kwargs)
+        if not self.fullgraph and not self.warned:
+            self._warn_of_breaks(self.graphs - graphs, [*(dynamo_counters["graph_break"] - breaks)], result)
+        return result
+
+    def _warn_of_breaks(self, graphs: int, breaks: Sequence[str], result: Any) -> None:
+        """Each part of a broken graph has the whole budget, and what is in no part has none."""
+        trains = any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_flatten(result)[0])
+        if graphs > 1:
+            outcome = f"was captured as {graphs} graphs, each of which has the whole budget"
+        elif trains and not self.graphs:
+            outcome = "trains plain, no part of it could be captured"
+        else:
+            return
+        self.warned = True
+        reason = f": {breaks[-1].splitlines()[0]}" if breaks else ""
+        warnings.warn(f"moonwalk: {type(self.model).__name__} {outcome}{reason}", stacklevel=3)
 
     def _give_up(self, error: TorchDynamoException) -> None:
         """An error of ours is raised as it is; without a budget, a model that cannot be captured trains plain."""

@@ -116,7 +116,7 @@ def module_path(analysis: Analysis, index: int) -> str:
 
 def _cleaned(path: str) -> list[str]:
     """`L['self']._modules['blocks']._modules['3']` -> blocks, 3."""
-    text = re.sub(r"^L\['\w+'\]", "", path).replace("_modules", "")
+    text = re.sub(r"^L\['\w+'\](\.__self__)?", "", path).replace("_modules", "")
     return [part for part in re.split(r"[.\[\]']+", text) if part]
 
 

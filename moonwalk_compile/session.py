@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from .describe import describe
 from .errors import BudgetError
 from .options import Options
-from .passes._torch_compat import FakeTensor, disable_current_modes
+from .passes._torch_compat import FakeTensor, PlainAOTInput, disable_current_modes
 from .passes.analysis import Analysis, analyse
 from .passes.capture import read_joint
 from .passes.certify import Certifier
@@ -170,9 +170,9 @@ def input_positions(joint: fx.GraphModule) -> dict[int, int]:
     for node in joint.graph.find_nodes(op="placeholder"):
         if "tangents" in str(node.target):
             continue
-        index = getattr(node.meta.get("desc"), "idx", None)
-        if isinstance(index, int):
-            found[primal] = index
+        description = node.meta.get("desc")
+        if isinstance(description, PlainAOTInput):  # not an effect token, a base of views or a seed
+            found[primal] = description.idx
         primal += 1
     return found
 

@@ -4,7 +4,9 @@ from torch._dynamo.backends.common import aot_autograd as dynamo_aot_autograd
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch._dynamo.external_utils import wrap_inline
+from torch._dynamo.utils import counters as dynamo_counters
 from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -19,8 +21,10 @@ __all__ = [
     "TorchDynamoException",
     "detect_fake_mode",
     "disable_current_modes",
+    "PlainAOTInput",
     "dynamo_aot_autograd",
     "dynamo_config",
+    "dynamo_counters",
     "functorch_config",
     "fx_graph_cse",
     "make_fx",

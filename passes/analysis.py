@@ -9,13 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .bits import pack_bits, unpack_bits
+from .bits import pack_bits, unpack_two
 from .blocks import Block, find_blocks
 from .capture import Capture
 from .cost import Device, edge_seconds
 from .graph import Edge, Graph, Stage, Value
 from .inverse import inverse_edges, make_call, packing_of_reader, packing_of_value
-from .inverse.edges import result_places
 from .inverse.rule import Packing
 from .trace import storage_bytes, trace_operations
 
@@ -54,10 +53,6 @@ class Analysis:
         """The block that produces each forward or late value."""
         return {v: b.index for b in self.blocks for edge in (*b.forward, *b.late) for v in edge.gives}
 
-    @cached_property
-    def static_edges(self) -> tuple[Edge, ...]:
-        return tuple(edge for edge in self.graph.edges if edge.gives and self.graph.static.issuperset(edge.gives))
-
     def recover(self, block: Block) -> tuple[Edge, ...]:
         """The ways to compute forward values of a block forward: random operations cannot be drawn again."""
         edges = (*block.forward, *block.late)
@@ -70,7 +65,7 @@ class Analysis:
         """Dropout with its mask at hand: the output is computed again without drawing."""
         found = {}
         for edge in self.graph.edges:
-            if edge.label == "native_dropout" and len(edge.gives) == 2:
+            if edge.label == "native_dropout" and len(edge.gives) == 2 and _dropout_arguments(self.capture, edge)[2]:
                 found[edge.gives] = _replay_dropout(self.capture, edge, self.device)
         return found
 
@@ -85,12 +80,19 @@ class Analysis:
         }
 
 
+def _dropout_arguments(capture: Capture, edge: Edge) -> tuple[Any, ...]:
+    """Source, rate, and whether it draws at all."""
+    return capture.nodes[edge.gives[0]].args[0].args  # type: ignore[union-attr, return-value]
+
+
 def _replay_dropout(capture: Capture, edge: Edge, device: Device) -> Edge:
     output, mask = edge.gives
-    scale = capture.nodes[output].args[0].args[1]  # type: ignore[union-attr, index]
-    factor = 0.0 if scale == 1 else 1.0 / (1.0 - scale)
+    _, rate, _ = _dropout_arguments(capture, edge)
+    factor = 0.0 if rate == 1 else 1.0 / (1.0 - rate)
 
     def function(source: Tensor, mask: Tensor) -> Tensor:
+        if source.device.type == "cpu" and source.itemsize < 4:  # rounds the scaled mask first, as its kernel does
+            return source * (mask.to(source.dtype) * factor)
         return source * mask * factor
 
     operations, results, _ = trace_operations(function, (capture.fake(edge.needs[0]), capture.fake(mask)))
@@ -127,7 +129,7 @@ class _Packer:
         shape = tuple(fake.shape)
         encode, bits = self.edge(lambda v: pack_bits(packing.encode(v)), value, fake, None, "bits")
         target = value if exact else None
-        decode, decoded = self.edge(lambda p: packing.decode(unpack_bits(p, shape)), encode.gives[0], bits, target, "unpacked")
+        decode, decoded = self.edge(lambda p: unpack_two(p, shape, packing.high, packing.low, fake.dtype), encode.gives[0], bits, target, "unpacked")
         if (decoded.dtype, decoded.shape, decoded.stride()) != (fake.dtype, fake.shape, fake.stride()):
             return None
         return Pack(value, encode.gives[0], encode, decode)
@@ -138,24 +140,53 @@ class _Packer:
         decode, _ = self.edge(lambda v: v.view(v.shape), encode.gives[0], copied, value, "original")
         return Pack(value, encode.gives[0], encode, decode)
 
+    def copy_of_view(self, value: int, whole: Pack) -> Pack:
+        """A view of an overwritten input: the same view of that input's copy, where the copy is laid out alike."""
+        view, base, copied = self.capture.fake(value), self.capture.fake(whole.value), self.fakes[whole.kept]
+        alike = copied.stride() == base.stride() and storage_bytes(copied) == storage_bytes(base)
+        if not alike or view.dtype != base.dtype:
+            return self.copy(value)
+        place = (tuple(view.shape), view.stride(), view.storage_offset())
+        decode, _ = self.edge(lambda v: v.as_strided(*place), whole.kept, copied, value, "view of original")
+        return Pack(value, whole.kept, whole.encode, decode)
+
+
+def _copies(packer: _Packer, graph: Graph) -> dict[int, Pack]:
+    """Inputs that the forward pass overwrites, and their views: what is kept of them is a copy."""
+    packs = {value: packer.copy(value) for value in sorted(graph.mutated)}
+    for value in graph.values:
+        if value.storage in graph.mutated and value.index not in packs and value.stage != "backward":
+            packs[value.index] = packer.copy_of_view(value.index, packs[value.storage])
+    return packs
+
 
 def _exact_packs(packer: _Packer, graph: Graph, blocks: Iterable[Block]) -> dict[int, Pack]:
-    packs: dict[int, Pack] = {}
-    for value in graph.mutated:
-        packs[value] = packer.copy(value)
+    packs = _copies(packer, graph)
     wanted = {value for block in blocks for edge in (*block.forward, *block.late) for value in edge.gives}
     for value in sorted(wanted):
         edge = graph.definition[value]
-        position = result_places(edge)[edge.gives.index(value)]
-        packing = packing_of_value(make_call(packer.capture, edge), position)
-        if packing is not None and (pack := packer.pack(value, packing, exact=True)) is not None:
+        packing = packing_of_value(make_call(packer.capture, edge), edge.gives.index(value))
+        if packing is not None and packing.exact and (pack := packer.pack(value, packing, exact=True)) is not None:
             packs[value] = pack
     return packs
 
 
+def _inexact_packs(packer: _Packer, graph: Graph, block: Block) -> list[Pack]:
+    packs = []
+    for value in block.demanded:
+        edge = graph.definition.get(value)
+        packing = packing_of_value(make_call(packer.capture, edge), edge.gives.index(value)) if edge else None
+        if packing is not None and not packing.exact and (pack := packer.pack(value, packing, exact=True)) is not None:
+            packs.append(pack)
+    return packs
+
+
 def _sign_packs(packer: _Packer, graph: Graph, block: Block) -> tuple[list[Pack], list[Edge]]:
-    """One-bit stand-ins for what single readers want of a value, and the backward edges that read the stand-in."""
-    packs, edges = [], []
+    """One-bit stand-ins that the spine may read, and the backward edges that read the stand-in.
+
+    A sign is such a stand-in for itself: at exact zeros it is another subgradient than torch's.
+    """
+    packs, edges = _inexact_packs(packer, graph, block), []
     made: dict[tuple[int, str], Pack | None] = {}
     for edge in block.backward:
         for position, value in enumerate(edge.needs):

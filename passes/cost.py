@@ -40,10 +40,15 @@ DEVICES: dict[str, Device] = {
     "cpu": Device("cpu", 1e11, 1e10, 5e-6, 5e8),
 }
 
-TRANSCENDENTAL = frozenset(
-    "gelu gelu_backward exp tanh tanh_backward sigmoid sigmoid_backward silu silu_backward erf log _softmax _log_softmax "
-    "_log_softmax_backward_data _softmax_backward_data softplus sin cos pow elu mish sort bernoulli native_dropout".split()
-)
+# Elementwise work that arithmetic, not memory, bounds on a CPU: seconds per element relative to GELU.
+SPECIAL = {
+    **dict.fromkeys("gelu silu exp erf log softplus elu mish sigmoid _softmax _log_softmax".split(), 1.0),
+    **dict.fromkeys("silu_backward sigmoid_backward _softmax_backward_data _log_softmax_backward_data".split(), 1.0),
+    **dict.fromkeys("native_layer_norm native_layer_norm_backward native_group_norm native_batch_norm".split(), 1.3),
+    **dict.fromkeys("gelu_backward tanh_backward elu_backward".split(), 1.8),
+    **dict.fromkeys("tanh sin cos pow bernoulli native_dropout".split(), 3.0),
+    **dict.fromkeys("where masked_fill sort scatter gather".split(), 4.0),
+}
 SOLVERS = {"linalg_inv_ex": 2.0, "linalg_lu_factor_ex": 0.67, "linalg_solve_ex": 1.0, "linalg_cholesky_ex": 0.33}
 
 
@@ -77,7 +82,7 @@ def operation_seconds(operation: Operation, device: Device) -> float:
         return 0.0
     arithmetic = operation.flops / device.flops
     memory = operation.moved / device.bandwidth
-    special = sum(operation.new) / 4 / device.transcendental if base_name(operation.target) in TRANSCENDENTAL else 0.0
+    special = sum(operation.new) / 4 * SPECIAL.get(base_name(operation.target), 0.0) / device.transcendental
     return device.overhead + max(arithmetic, memory, special)
 
 

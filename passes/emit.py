@@ -46,14 +46,16 @@ class Unreachable(Exception):
 
 def block_solution(analysis: Analysis, block: Block, kept: Iterable[int] = ()) -> Solution:
     """Solve a block's input values, and all that its backward pass reads, from its outputs."""
-    edges = (*analysis.static_edges, *analysis.recover(block), *analysis.inverse[block.index])
-    known = {*block.live_out, *analysis.graph.static, *kept, *_packed(analysis, block)}
+    edges = (*analysis.recover(block), *analysis.inverse[block.index])
+    known = {*block.live_out, *analysis.graph.static, *kept, *residue(analysis, block)}
     return solve(edges, known, (*block.live_in, *block.demanded))
 
 
-def _packed(analysis: Analysis, block: Block) -> set[int]:
-    """Random values must be kept, whatever the strategy: they are known."""
-    return {v for edge in (*block.forward, *block.late) if edge.random for v in random_residue(analysis, edge)}
+def residue(analysis: Analysis, block: Block) -> frozenset[int]:
+    """What a block keeps under every strategy that computes it again: what was drawn, and inputs overwritten since."""
+    drawn = {v for edge in (*block.forward, *block.late) if edge.random for v in random_residue(analysis, edge)}
+    overwritten = {v for edge in analysis.recover(block) for v in edge.needs if v in analysis.graph.mutated}
+    return frozenset(drawn | overwritten)
 
 
 def random_residue(analysis: Analysis, edge: Edge) -> tuple[int, ...]:
@@ -83,7 +85,6 @@ def block_spine(analysis: Analysis, block: Block) -> Spine:
     ]
     edges = (
         *reading,
-        *analysis.static_edges,
         *(pack.decode for pack in packs),
         *block.backward,
         *analysis.shortcuts[block.index],
@@ -103,13 +104,12 @@ def _spine_reads(analysis: Analysis, block: Block) -> set[int]:
 def block_sweep(analysis: Analysis, block: Block) -> Solution:
     """Solve a block's output cotangents and its parameter gradients from its input values and input cotangents."""
     edges = (
-        *analysis.static_edges,
         *analysis.recover(block),
         *block.backward,
         *analysis.vijp[block.index],
         *(edge for edge in analysis.shortcuts[block.index] if not any(v >= len(analysis.capture.graph.values) for v in edge.needs)),
     )
-    known = {*block.live_in, *block.cotangents_out, *analysis.graph.static, *_packed(analysis, block)}
+    known = {*block.live_in, *block.cotangents_out, *analysis.graph.static, *residue(analysis, block)}
     return solve(edges, known, (*block.live_out, *block.cotangents_in, *block.gradients))
 
 
@@ -149,9 +149,7 @@ class BackwardEmitter:
         self.default = self._forward_routes(range(len(self.analysis.blocks)) if span is None else span)
 
     def _forward_routes(self, span: Iterable[int]) -> Mapping[int, Edge]:
-        edges = [*self.analysis.static_edges]
-        for index in span:
-            edges += self.analysis.recover(self.analysis.blocks[index])
+        edges = [edge for index in span for edge in self.analysis.recover(self.analysis.blocks[index])]
         found = solve(edges, self.kept | self.given | self.graph.static, ())
         return found.edge
 

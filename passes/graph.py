@@ -67,8 +67,9 @@ class Operation:
     flops: float = 0.0
     moved: int = 0
 
-    @property
+    @cached_property
     def reads(self) -> tuple[int, ...]:
+        """The slots that it reads, in order."""
         return tuple(ref.slot for ref in refs_in((self.args, self.kwargs)))
 
 

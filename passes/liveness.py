@@ -73,7 +73,7 @@ def simulate(
     for position, instruction in enumerate(program.instructions):
         operation = instruction.operation
         mine = [
-            (instruction.slot, item) if source < 0 else held[source][item] for source, item in operation.holds
+            (instruction.slot, item) if source < 0 else held[source][item] for source, item in instruction.holds
         ]
         for storage_id in mine:
             own = storage_id[0] == instruction.slot

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .analysis import Analysis
-from .graph import Ref, map_refs, refs_in
+from .graph import Ref, refs_in
 from .program import Instruction, Program
 
 
@@ -46,7 +45,7 @@ def cut_pieces(analysis: Analysis, program: Program, groups: Sequence[Sequence[I
     last_group: dict[int, int] = {}
     for position, group in enumerate(groups):
         for instruction in group:
-            for slot in instruction.operation.reads:
+            for slot in instruction.reads:
                 last_group[slot] = position
     for ref in refs_in(program.outputs):
         last_group[ref.slot] = len(groups)
@@ -61,7 +60,7 @@ def _piece(
     last_group: Mapping[int, int],
 ) -> Piece:
     made = {instruction.slot for instruction in group}
-    reads = [slot for instruction in group for slot in instruction.operation.reads if slot not in made]
+    reads = [slot for instruction in group for slot in instruction.reads if slot not in made]
     arguments = tuple(dict.fromkeys(reads))
     results = tuple(i.slot for i in group if last_group.get(i.slot, -1) > position)
     dying = tuple(place for place, slot in enumerate(arguments) if last_group[slot] == position)
@@ -77,15 +76,11 @@ def _key(analysis: Analysis, program: Program) -> object:
     for instruction in program.instructions:
         local[instruction.slot] = len(local)
 
-    def number(tree: Any) -> Any:
-        return repr(map_refs(tree, lambda ref: Ref(local[ref.slot])))
-
     steps = tuple(
-        (str(i.operation.target), number(tuple(i.operation.args)), number(dict(i.operation.kwargs)))
-        for i in program.instructions
+        (str(i.operation.target), repr(i.arguments(lambda slot: Ref(local[slot])))) for i in program.instructions
     )
     inputs = tuple(_metadata(analysis, value) for _, value in program.inputs)
-    return (inputs, steps, number(tuple(program.outputs)))
+    return (inputs, steps, tuple(local[ref.slot] for ref in refs_in(program.outputs)))
 
 
 def _metadata(analysis: Analysis, value: int) -> object:

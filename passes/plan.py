@@ -18,7 +18,7 @@ import numpy.typing as npt
 from .analysis import Analysis
 from .costs import Cost, backward_program, segment_cost, signature
 from .cost import base_name, operation_seconds
-from .emit import Facts, Schedule, Segment, emit, random_residue
+from .emit import Facts, Schedule, Segment, emit, random_residue, residue
 from .keepsets import keep_sets
 from .liveness import Timeline, simulate
 
@@ -176,10 +176,24 @@ class Planner:
 
     def _cost(self, name: object, segment: Segment) -> Cost | None:
         """The cost of a segment; segments of the same shape (`name` and block kinds) are simulated once."""
-        key = (name, tuple(self.keys[index] for index in segment.span))
-        if key not in self.costs:
-            self.costs[key] = segment_cost(self.facts, segment)
-        return self.costs[key]
+        kinds = tuple(self.keys[index] for index in segment.span)
+        if (name, kinds) not in self.costs:
+            period = _period(kinds)
+            if period is None:
+                self.costs[name, kinds] = segment_cost(self.facts, segment)
+            else:
+                self.costs[name, kinds] = self._extrapolated(name, segment, period)
+        return self.costs[name, kinds]
+
+    def _extrapolated(self, name: object, segment: Segment, period: int) -> Cost | None:
+        """A long run of repeating blocks costs what one period more adds to a shorter run."""
+        shorter, shortest = (replace(segment, first=segment.first + n * period) for n in (1, 2))
+        kept = segment.kept - frozenset(self.analysis.blocks[segment.first].live_in)
+        costs = [
+            self._cost(name, replace(s, kept=kept | frozenset(self.analysis.blocks[s.first].live_in)))
+            for s in (shorter, shortest)
+        ]
+        return None if costs[0] is None or costs[1] is None else _continued(costs[0], costs[1])
 
     def _keep_moves(self, index: int) -> list[Move]:
         block, moves = self.analysis.blocks[index], []
@@ -213,7 +227,7 @@ class Planner:
         moves = []
         for first in range(last, max(-1, last - longest), -1):
             span = range(first, last + 1)
-            kept = frozenset(self.analysis.blocks[first].live_in).union(*(self._masks(i) for i in span))
+            kept = frozenset(self.analysis.blocks[first].live_in).union(*(residue(self.analysis, self.analysis.blocks[i]) for i in span))
             segment = Segment(first, last, "checkpoint", kept)
             cost = self._cost("checkpoint", segment)
             if cost is not None:
@@ -222,18 +236,20 @@ class Planner:
 
     def _chain_moves(self, last: int) -> list[Move]:
         moves = []
-        for strategy in ("invert", "moonwalk"):
+        for strategy in INVERTED:
             if strategy in self.strategies:
                 moves += self._chain(strategy, last)
         return moves
 
     def _single(self, strategy: str, index: int) -> tuple[Segment, Cost] | None:
         block = self.analysis.blocks[index]
-        kept = self._masks(index)
+        kept = residue(self.analysis, block)
         if strategy == "invert":
             if not block.live_in or self.facts.inversion(index).missing:
                 return None
         else:
+            if "invert" in self.strategies and not self.missing("invert", index):
+                return None  # keeps more and computes more than inverting the same block
             if not block.cotangents_out or self.facts.spine(index).missing or self.facts.sweep(index).missing:
                 return None
             kept |= frozenset(self.facts.spine(index).residuals) | frozenset(block.live_in)
@@ -352,7 +368,7 @@ class Planner:
     def smallest(self) -> Planned:
         """The plan of the smallest simulated peak that the family reaches."""
         low, high = 0.0, self.plain().peak * 2.0
-        for _ in range(24):
+        while high - low > 0.004 * high:
             middle = (low + high) / 2
             low, high = (low, middle) if self.fastest(middle) is not None else (middle, high)
         found = [self.realise(moves) for scale in (1.0, 1.01, 1.03, 1.06) if (moves := self.fastest(high * scale))]
@@ -411,6 +427,27 @@ def chain_error(segment: Segment, certificates: Mapping[tuple[str, int], Certifi
     return noise.error
 
 
+def _period(kinds: Sequence[int]) -> int | None:
+    """The period of a sequence that repeats at least four times, if it is 4 or less."""
+    for period in range(1, 5):
+        if len(kinds) >= 4 * period and all(a == b for a, b in zip(kinds, kinds[period:], strict=False)):
+            return period
+    return None
+
+
+def _continued(last: Cost, before: Cost) -> Cost:
+    """The next member of a sequence of costs that grows by the same amount each time."""
+    return Cost(
+        own=2 * last.own - before.own,
+        border_in=last.border_in,
+        covers_in=last.covers_in,
+        covers_out=last.covers_out,
+        forward_peak=2 * last.forward_peak - before.forward_peak,
+        backward_peak=2 * last.backward_peak - before.backward_peak,
+        seconds=2 * last.seconds - before.seconds,
+    )
+
+
 def _joined(strategy: str, front: Cost, back: Cost) -> Cost:
     """The cost of a chain from that of its first block and that of the rest."""
     if strategy == "invert":
@@ -442,39 +479,28 @@ def _start() -> _Front:
 
 
 def _extend(fronts: Sequence[_Front], table: _Table, budget: float) -> _Front:
-    """All moves of a table against all states at the border where each move begins."""
-    parts: list[tuple[npt.NDArray[np.int64], ...]] = []
-    columns: list[tuple[Floats, ...]] = []
-    for first in np.unique(table.first):
-        front, rows = fronts[first], np.flatnonzero(table.first == first)
-        if not len(front.kept):
-            continue
-        covered, anchor = front.covered[:, None], front.anchor[:, None]
-        border = np.where(covered, 0.0, table.border[rows][None, :])
-        shared = table.border[rows][None, :] - border
-        before = front.kept[:, None] - shared
-        peak = before + np.maximum(table.forward[rows], table.backward[rows])[None, :]
-        fits = (peak <= budget) & (~anchor | table.covers_in[rows][None, :])
-        state, row = np.nonzero(fits)
-        move = rows[row]
-        kept = front.kept[state] + table.own[move] + border[state, row]
-        columns.append((kept, front.seconds[state] + table.seconds[move], table.covers_out[move], table.invert[move]))
-        parts.append((state, np.full(len(state), first), move))
-    if not parts:
-        empty, none = np.zeros(0), np.zeros(0, dtype=np.int64)
-        return _Front(empty, empty, np.zeros(0, dtype=bool), np.zeros(0, dtype=bool), none, none, none)
-    kept, seconds, covered, anchor = (np.concatenate(column) for column in zip(*columns, strict=True))
-    state, source, move = (np.concatenate(part) for part in zip(*parts, strict=True))
-    chosen = _undominated(kept, seconds, covered.astype(bool), anchor.astype(bool))
-    return _Front(
-        kept[chosen],
-        seconds[chosen],
-        covered[chosen].astype(bool),
-        anchor[chosen].astype(bool),
-        state[chosen],
-        source[chosen],
-        move[chosen],
+    """All moves of a table against all states at the border where each move begins, in one go."""
+    counts = np.array([len(front.kept) for front in fronts])
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    repeats = counts[table.first]
+    move = np.repeat(np.arange(len(table.first)), repeats)
+    state = np.arange(len(move)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+    place = starts[table.first[move]] + state
+    kept, seconds, covered, anchor = (
+        np.concatenate([getattr(front, name) for front in fronts])[place]
+        for name in ("kept", "seconds", "covered", "anchor")
     )
+    border = np.where(covered, 0.0, table.border[move])
+    before = kept - (table.border[move] - border)
+    peak = before + np.maximum(table.forward[move], table.backward[move])
+    fits = np.flatnonzero((peak <= budget) & (~anchor | table.covers_in[move]))
+    kept = (kept + table.own[move] + border)[fits]
+    seconds = (seconds + table.seconds[move])[fits]
+    move, state = move[fits], state[fits]
+    covered, anchor = table.covers_out[move], table.invert[move]
+    chosen = _undominated(kept, seconds, covered, anchor)
+    move, state = move[chosen], state[chosen]
+    return _Front(kept[chosen], seconds[chosen], covered[chosen], anchor[chosen], state, table.first[move], move)
 
 
 def _undominated(

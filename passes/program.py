@@ -6,22 +6,40 @@ step (a cotangent in the spine and again in the sweep) has two slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .graph import Edge, Graph, Operation, Ref, map_refs, refs_in
+from .graph import Edge, Graph, Operation, map_refs, refs_in
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Instruction:
-    """`operation` with its references resolved to the program's slots; `value` is what the result stands for."""
+    """An operation of an edge; `slots[i]` is the program's slot for its slot i. `value` is what the result stands for."""
 
     slot: int
     operation: Operation
+    slots: tuple[int, ...]
     value: int | None = None
     block: int = 0
+
+    @property
+    def reads(self) -> list[int]:
+        slots = self.slots
+        return [slots[local] for local in self.operation.reads]
+
+    @property
+    def holds(self) -> list[tuple[int, int]]:
+        """As `Operation.holds`, in the program's slots."""
+        slots = self.slots
+        return [(source if source < 0 else slots[source], item) for source, item in self.operation.holds]
+
+    def arguments(self, function: Callable[[int], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's arguments, each slot of the program replaced by `function(slot)`."""
+        operation, slots = self.operation, self.slots
+        args = map_refs(tuple(operation.args), lambda ref: function(slots[ref.slot]))
+        return args, map_refs(dict(operation.kwargs), lambda ref: function(slots[ref.slot]))
 
 
 @dataclass(frozen=True)
@@ -37,7 +55,7 @@ class Program:
         """For each slot, the position of the last instruction that reads it; outputs live to the end."""
         last = {}
         for position, instruction in enumerate(self.instructions):
-            for slot in instruction.operation.reads:
+            for slot in instruction.reads:
                 last[slot] = position
         for ref in refs_in(self.outputs):
             last[ref.slot] = len(self.instructions)
@@ -66,18 +84,12 @@ class Builder:
         return self.inputs[value]
 
     def emit(self, edge: Edge, block: int = 0) -> None:
-        slots = [self.environment[value] for value in edge.needs]
+        slots = tuple(self.environment[value] for value in edge.needs)
         wanted = dict(zip(edge.results, edge.gives, strict=True))
         for position, operation in enumerate(edge.operations, start=len(edge.needs)):
             slot = self._new_slot()
-            moved = replace(
-                operation,
-                args=map_refs(operation.args, lambda ref: Ref(slots[ref.slot])),
-                kwargs=map_refs(operation.kwargs, lambda ref: Ref(slots[ref.slot])),
-                holds=tuple((source if source < 0 else slots[source], item) for source, item in operation.holds),
-            )
-            slots.append(slot)
-            self.instructions.append(Instruction(slot, moved, wanted.get(position), block))
+            self.instructions.append(Instruction(slot, operation, slots, wanted.get(position), block))
+            slots = (*slots, slot)
         for result, value in zip(edge.results, edge.gives, strict=True):
             self.environment[value] = slots[result]
 

@@ -39,8 +39,7 @@ def _add_instruction(
     analysis: Analysis, graph: fx.Graph, nodes: Mapping[int, fx.Node], instruction: Instruction
 ) -> fx.Node:
     operation = instruction.operation
-    args = map_refs(tuple(operation.args), lambda ref: nodes[ref.slot])
-    kwargs = map_refs(dict(operation.kwargs), lambda ref: nodes[ref.slot])
+    args, kwargs = instruction.arguments(nodes.__getitem__)
     if isinstance(operation.target, str):
         node = graph.get_attr(operation.target)
     else:

@@ -26,7 +26,7 @@ def verify(analysis: Analysis, schedule: Schedule) -> None:
 def _in_order(name: str, program: Program) -> None:
     known = {slot for slot, _ in program.inputs}
     for position, instruction in enumerate(program.instructions):
-        missing = [slot for slot in instruction.operation.reads if slot not in known]
+        missing = [slot for slot in instruction.reads if slot not in known]
         if missing:
             raise VerificationError(f"{name} program: instruction {position} reads slots {missing} before they are made")
         if instruction.slot in known:

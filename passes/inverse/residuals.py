@@ -13,33 +13,27 @@ from ..graph import Ref, refs_in
 from .rule import Call, Packing
 
 
-def _two_values(bits: Tensor, dtype: torch.dtype, high: float, low: float) -> Tensor:
-    """`high` where the bit is set, else `low`."""
-    return torch.full_like(bits, low, dtype=dtype).masked_fill(bits, high)
-
-
 # -- results -------------------------------------------------------------------------------------------------------
 
 
-def _cast(dtype: torch.dtype, note: str) -> Packing:
-    return Packing(lambda value: value != 0, lambda bits: bits.to(dtype), True, note)
+def _zero_or_one(note: str) -> Packing:
+    return Packing(lambda value: value != 0, 1.0, 0.0, True, note)
 
 
 def _bernoulli(call: Call, result: Tensor) -> Packing | None:
-    return _cast(result.dtype, "drawn 0 or 1")
+    return _zero_or_one("drawn 0 or 1")
 
 
 def _converted(call: Call, result: Tensor) -> Packing | None:
     source = call.tensor(0)
-    return _cast(result.dtype, "converted bool") if source is not None and source.dtype == torch.bool else None
+    return _zero_or_one("converted bool") if source is not None and source.dtype == torch.bool else None
 
 
 def _sign(call: Call, result: Tensor) -> Packing | None:
-    dtype = result.dtype
-    if not dtype.is_floating_point:
+    """Not exact: where the argument is exactly zero, another subgradient is taken than torch's."""
+    if not result.dtype.is_floating_point:
         return None
-    note = "sign; an exact zero counts as negative"
-    return Packing(lambda value: value > 0, lambda bits: _two_values(bits, dtype, 1.0, -1.0), True, note)
+    return Packing(lambda value: value > 0, 1.0, -1.0, False, "sign; an exact zero counts as negative")
 
 
 def _index_of_pair(call: Call, result: Tensor) -> Packing | None:
@@ -48,7 +42,7 @@ def _index_of_pair(call: Call, result: Tensor) -> Packing | None:
     sizes = source.shape if source is not None else ()
     dim = call.constant("dim", 2 if call.name == "topk" else 1, -1)
     pair = isinstance(dim, int) and len(sizes) > 0 and sizes[dim] == 2 and result.dtype == torch.int64
-    return _cast(torch.int64, "index of a pair") if pair else None
+    return _zero_or_one("index of a pair") if pair else None
 
 
 # By operation, the position of the result that has two values.
@@ -73,7 +67,7 @@ def packing_of_value(call: Call, position: int = 0) -> Packing | None:
         return None
     place, output = given[position]
     if output.dtype == torch.bool:
-        return Packing(lambda value: value, lambda bits: bits, True, "bool")
+        return Packing(lambda value: value, 1.0, 0.0, True, "bool")
     wanted, function = _RESULTS.get(call.name, (None, None))
     return function(call, output) if function is not None and wanted == place else None
 
@@ -103,8 +97,6 @@ _READERS: dict[str, _Reader] = {
         1, lambda x, c: (x > c[0]) & (x < c[1]), lambda c: (c[0] + c[1]) / 2, lambda c: _beyond(c[1])
     ),
     "hardsigmoid_backward": _Reader(1, lambda x, c: (x > -3) & (x < 3), lambda c: 0.0, lambda c: 6.0),
-    "hardshrink_backward": _Reader(1, lambda x, c: (x < -c[0]) | (x > c[0]), lambda c: _beyond(c[0]), lambda c: 0.0),
-    "softshrink_backward": _Reader(1, lambda x, c: (x < -c[0]) | (x > c[0]), lambda c: _beyond(c[0]), lambda c: 0.0),
 }
 
 
@@ -120,7 +112,8 @@ def packing_of_reader(call: Call, position: int) -> Packing | None:
     high, low = reader.inside(constants), reader.outside(constants)
     return Packing(
         lambda value: reader.side(value, constants),
-        lambda bits: _two_values(bits, tensor.dtype, high, low),
+        high,
+        low,
         False,
         f"side of {call.name} {constants}",
     )

@@ -76,14 +76,15 @@ class Region:
 
 @dataclass(frozen=True)
 class Packing:
-    """How a value may be kept as one bit per element: `encode` gives a bool tensor, `decode(bits)` a stand-in.
+    """How a value may be kept as one bit per element: `encode` gives a bool tensor; set bits stand for `high`.
 
     With `exact` the stand-in equals the value wherever the rule applies; otherwise it only serves the readers that
-    look at its sign (or at its side of a threshold).
+    look at its sign (or at its side of a threshold). It has the value's dtype.
     """
 
     encode: Callable[[Tensor], Tensor]
-    decode: Callable[[Tensor], Tensor]
+    high: float
+    low: float
     exact: bool
     note: str = ""
 

@@ -58,7 +58,7 @@ def solve(edges: Iterable[Edge], known: Iterable[int], wanted: Iterable[int]) ->
         for value in needs:
             readers.setdefault(value, []).append(position)
     start = frozenset(known)
-    heap: list[tuple[float, int, int]] = [(0.0, -1, value) for value in sorted(start)]
+    heap: list[tuple[float, int, int]] = [(0.0, -1, value) for value in sorted(start.intersection(readers))]
     heap += [(edges[p].seconds, p, value) for p, count in enumerate(waiting) if not count for value in edges[p].gives]
     heapq.heapify(heap)
     chosen: dict[int, Edge] = {}
@@ -75,4 +75,5 @@ def solve(edges: Iterable[Edge], known: Iterable[int], wanted: Iterable[int]) ->
             if waiting[reader] == 0:
                 for given in edges[reader].gives:
                     heapq.heappush(heap, (weight + edges[reader].seconds, reader, given))
+    reached |= start
     return Solution(chosen, start, tuple(value for value in wanted if value not in reached))

@@ -9,9 +9,7 @@ from moonwalk_compile.passes.inverse import RULES
 from .cases import CASES
 from .check import SIZES, Case, check_inverse_rule
 
-sizes = st.fixed_dictionaries(
-    {letter: st.integers(low, high) if letter != "e" else st.sampled_from((2, 4, 6)) for letter, (low, high) in SIZES.items()}
-)
+sizes = st.fixed_dictionaries({letter: st.integers(low, high) for letter, (low, high) in SIZES.items()})
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -22,6 +20,6 @@ def test_rule(case: Case, sizes: dict[str, int], seed: int) -> None:
 
 
 def test_every_rule_is_used_by_a_case() -> None:
-    smallest = {letter: high for letter, (_, high) in SIZES.items()}
-    used = set().union(*(check_inverse_rule(case, smallest, 0) for case in CASES))
+    largest = {letter: high for letter, (_, high) in SIZES.items()}
+    used = set().union(*(check_inverse_rule(case, largest, 0) for case in CASES))
     assert {name for name in RULES if f"inverse of {name}" not in used} == set()
