@@ -59,7 +59,8 @@ def moonwalk_compile(
     driver = _Driver(model, options, fullgraph)
     model.plan = None  # type: ignore[assignment]
     # As `model.compile` does, but through a frame of ours: Dynamo skips a forward that belongs to torch.nn itself.
-    driver.compiled = torch.compile(wrap_inline(model._call_impl), backend=driver.backend, fullgraph=fullgraph, dynamic=False)
+    call = wrap_inline(model._call_impl)
+    driver.compiled = torch.compile(call, backend=driver.backend, fullgraph=fullgraph, dynamic=False)
     model._compiled_call_impl = driver  # type: ignore[assignment]
     if example_inputs is not None:
         driver.set_plan(plan_only(model, tuple(example_inputs), options))
@@ -91,14 +92,20 @@ class _Driver:
             with dynamo_config.patch(recompile_limit=SIZES, accumulated_recompile_limit=4 * SIZES):
                 result = self.compiled(*args, **kwargs)
         except TorchDynamoException as error:
-            self._give_up(error)
-            return self.model._call_impl(*args, **kwargs)
-        if not self.fullgraph and not self.warned:
+            reason = self._reason_to_give_up(error)
+        else:
             self._warn_of_breaks(self.graphs - graphs, [*(dynamo_counters["graph_break"] - breaks)], result)
+            return result
+        result = self.model._call_impl(*args, **kwargs)  # what this raises is the user's own error, and nobody gives up
+        self.plain = True
+        name = type(self.model).__name__
+        warnings.warn(f"moonwalk: {name} trains plain, it could not be compiled: {reason}", stacklevel=3)
         return result
 
     def _warn_of_breaks(self, graphs: int, breaks: Sequence[str], result: Any) -> None:
         """Each part of a broken graph has the whole budget, and what is in no part has none."""
+        if self.fullgraph or self.warned:
+            return
         trains = any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_flatten(result)[0])
         if graphs > 1:
             outcome = f"was captured as {graphs} graphs, each of which has the whole budget"
@@ -108,9 +115,9 @@ class _Driver:
             return
         self.warned = True
         reason = f": {breaks[-1].splitlines()[0]}" if breaks else ""
-        warnings.warn(f"moonwalk: {type(self.model).__name__} {outcome}{reason}", stacklevel=3)
+        warnings.warn(f"moonwalk: {type(self.model).__name__} {outcome}{reason}", stacklevel=4)
 
-    def _give_up(self, error: TorchDynamoException) -> None:
+    def _reason_to_give_up(self, error: TorchDynamoException) -> str:
         """An error of ours is raised as it is; without a budget, a model that cannot be captured trains plain."""
         ours = unwrap(error)
         if isinstance(ours, MoonwalkError):
@@ -122,8 +129,7 @@ class _Driver:
                 reason,
                 "change the line named above, pass fullgraph=False, or leave out the budget to train it plain",
             ) from error
-        self.plain = True
-        warnings.warn(f"moonwalk: {type(self.model).__name__} trains plain, it could not be compiled: {reason}", stacklevel=3)
+        return reason
 
 
 def unwrap(error: BaseException) -> BaseException:
@@ -133,8 +139,10 @@ def unwrap(error: BaseException) -> BaseException:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of a message, with the explanation that Dynamo gives in the second one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    shown = lines[:2] if len(lines) > 1 and lines[1].startswith("Explanation:") else lines[:1]
+    return f"{type(error).__name__}: {'. '.join(shown)}"
 
 
 class _Planned(Exception):
@@ -161,7 +169,7 @@ def plan_only(model: nn.Module, inputs: tuple[Any, ...], options: Options, devic
         ours = unwrap(error)
         if isinstance(ours, MoonwalkError):
             raise ours from None
-        if not plans:
+        if not plans and not isinstance(ours, _Planned):
             raise CaptureError(
                 "The model could not be captured as one graph", first_line(ours), "change the line named above"
             ) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .bits import pack_bits, unpack_two
+from .bits import pack_bits, strict_sign, unpack_two
 from .blocks import Block, find_blocks
 from .capture import Capture
 from .cost import Device, edge_seconds
@@ -17,6 +17,9 @@ from .graph import Edge, Graph, Stage, Value
 from .inverse import inverse_edges, make_call, packing_of_reader, packing_of_value
 from .inverse.rule import Packing
 from .trace import storage_bytes, trace_operations
+
+
+STRICT_SIGN = "strict sign"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Analysis:
     vijp: tuple[tuple[Edge, ...], ...]
     shortcuts: tuple[tuple[Edge, ...], ...]
     signs: tuple[tuple[Pack, ...], ...]
+    strict_signs: tuple[tuple[Edge, ...], ...]
     fakes: Mapping[int, Any]
 
     @cached_property
@@ -181,6 +185,17 @@ def _inexact_packs(packer: _Packer, graph: Graph, block: Block) -> list[Pack]:
     return packs
 
 
+def _strict_signs(capture: Capture, block: Block, device: Device) -> list[Edge]:
+    """Signs as the sweep must take them: an exact zero counts as negative, as it did when the sign was packed."""
+    edges = []
+    for edge in block.late:
+        if edge.label in ("sgn", "sign"):
+            operations, results, _ = trace_operations(lambda x: strict_sign(x), [capture.fake(edge.needs[0])])
+            strict = Edge(edge.gives, edge.needs, operations, results, STRICT_SIGN, stage="late")
+            edges.append(replace(strict, seconds=edge_seconds(strict, device)))
+    return edges
+
+
 def _sign_packs(packer: _Packer, graph: Graph, block: Block) -> tuple[list[Pack], list[Edge]]:
     """One-bit stand-ins that the spine may read, and the backward edges that read the stand-in.
 
@@ -227,6 +242,7 @@ def analyse(capture: Capture, device: Device) -> Analysis:
         shortcuts=tuple(
             tuple(e for e in home if e.kind != "inverse") + tuple(read) for home, (_, read) in zip(homes, signs, strict=True)
         ),
+        strict_signs=tuple(tuple(_strict_signs(capture, block, device)) for block in blocks),
         signs=tuple(tuple(packs) for packs, _ in signs),
         fakes=packer.fakes,
     )

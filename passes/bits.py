@@ -15,6 +15,7 @@ from torch.library import Library, register_fake
 
 _library = Library("moonwalk_compile", "DEF")
 _library.define("pack_bits(Tensor mask) -> Tensor")
+_library.define("strict_sign(Tensor source) -> Tensor")
 _library.define("unpack_two(Tensor packed, SymInt[] size, float high, float low, ScalarType dtype) -> Tensor")
 
 _GATHER = 0x0102040810204080  # times a word of eight 0/1 bytes: the top byte is the eight bits
@@ -41,6 +42,16 @@ def _unpack(packed: Tensor, size: Sequence[int], high: float, low: float, dtype:
     return rows.view(-1)[: math.prod(size)].view(list(size))
 
 
+def _strict_sign(source: Tensor) -> Tensor:
+    """1 above zero, else -1: as a sign packed into one bit comes back."""
+    signs = torch.sgn(source)
+    zeros = signs == 0
+    if source.device.type != "cpu" or bool(zeros.any()):  # on a CPU, looking is several times faster than filling
+        signs.masked_fill_(zeros, -1)
+    return signs
+
+
+_library.impl("strict_sign", _strict_sign, "CompositeExplicitAutograd")
 _library.impl("pack_bits", _pack, "CompositeExplicitAutograd")
 _library.impl("unpack_two", _unpack, "CompositeExplicitAutograd")
 
@@ -50,10 +61,16 @@ def _pack_fake(mask: Tensor) -> Tensor:
     return mask.new_empty((mask.numel() + 7) // 8, dtype=torch.uint8)
 
 
+@register_fake("moonwalk_compile::strict_sign")
+def _strict_sign_fake(source: Tensor) -> Tensor:
+    return torch.empty_like(source)
+
+
 @register_fake("moonwalk_compile::unpack_two")
 def _unpack_fake(packed: Tensor, size: Sequence[int], high: float, low: float, dtype: torch.dtype) -> Tensor:
     return packed.new_empty(list(size), dtype=dtype)
 
 
 pack_bits = torch.ops.moonwalk_compile.pack_bits
+strict_sign = torch.ops.moonwalk_compile.strict_sign
 unpack_two = torch.ops.moonwalk_compile.unpack_two

@@ -164,13 +164,23 @@ def is_effect(node: fx.Node) -> bool:
     return schema is not None and (schema.is_mutable or not schema.returns)
 
 
+def _inline_sizes(graph: fx.Graph) -> None:
+    """Sizes that are inputs, or computed, become the integers they stand for: a plan holds for one set of sizes."""
+    for node in graph.nodes:
+        size = node.meta.get("val")
+        if not isinstance(size, (torch.SymInt, int)) or isinstance(size, bool):
+            continue
+        for user in list(node.users):
+            user.args = fx.node.map_arg(user.args, lambda n, node=node, size=size: int(size) if n is node else n)
+            user.kwargs = fx.node.map_arg(user.kwargs, lambda n, node=node, size=size: int(size) if n is node else n)
+
+
 def read_joint(
     joint: fx.GraphModule, forward_outputs: int, device: Device, roles: Mapping[int, Role] | None = None
 ) -> Capture:
     """Turn AOTAutograd's joint graph into a `Graph`; common subexpressions are merged first, in place.
-
-    Raises `NotImplementedError` for symbolic shapes: a plan holds for one set of sizes.
     """
+    _inline_sizes(joint.graph)
     merged = fx_graph_cse(joint.graph)
     merged.eliminate_dead_code()
     return JointReader(fx.GraphModule(joint, merged), roles or {}, device).read(forward_outputs)

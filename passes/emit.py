@@ -103,11 +103,15 @@ def _spine_reads(analysis: Analysis, block: Block) -> set[int]:
 
 def block_sweep(analysis: Analysis, block: Block) -> Solution:
     """Solve a block's output cotangents and its parameter gradients from its input values and input cotangents."""
+    strict = analysis.strict_signs[block.index]
+    replaced = {value for edge in strict for value in edge.gives}
+    original = len(analysis.capture.graph.values)
     edges = (
-        *analysis.recover(block),
+        *(edge for edge in analysis.recover(block) if not replaced.intersection(edge.gives)),
+        *strict,
         *block.backward,
         *analysis.vijp[block.index],
-        *(edge for edge in analysis.shortcuts[block.index] if not any(v >= len(analysis.capture.graph.values) for v in edge.needs)),
+        *(edge for edge in analysis.shortcuts[block.index] if all(value < original for value in edge.needs)),
     )
     known = {*block.live_in, *block.cotangents_out, *analysis.graph.static, *residue(analysis, block)}
     return solve(edges, known, (*block.live_out, *block.cotangents_in, *block.gradients))

@@ -227,7 +227,8 @@ class Planner:
         moves = []
         for first in range(last, max(-1, last - longest), -1):
             span = range(first, last + 1)
-            kept = frozenset(self.analysis.blocks[first].live_in).union(*(residue(self.analysis, self.analysis.blocks[i]) for i in span))
+            blocks = [self.analysis.blocks[index] for index in span]
+            kept = frozenset(blocks[0].live_in).union(*(residue(self.analysis, block) for block in blocks))
             segment = Segment(first, last, "checkpoint", kept)
             cost = self._cost("checkpoint", segment)
             if cost is not None:

