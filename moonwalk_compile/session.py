@@ -19,7 +19,7 @@ from .passes.analysis import Analysis, analyse
 from .passes.capture import read_joint
 from .passes.certify import Certifier
 from .passes.cost import Device
-from .passes.emit import Facts, Schedule, Segment
+from .passes.emit import Facts, Segment
 from .passes.graph import Role
 from .passes.lower import Half, Lowerer
 from .passes.plan import INVERTED, Certificate, Planned, Planner, chain_error
@@ -59,6 +59,7 @@ class Session:
     backward: Half | None = None
     analysis: Analysis | None = None
     planned: Planned | None = None
+    cornered: bool = False  # the budget left only the smallest plan
     facts: Facts = field(init=False)
     lowerer: Lowerer = field(init=False)
     positions: dict[int, int] = field(default_factory=dict)  # primal value -> position among the graph's inputs
@@ -80,7 +81,7 @@ class Session:
         self.lowerer = Lowerer(self.analysis, joint, self.options.lowering)
         planner = Planner(self.facts, self.options.strategies, self.certificates, self.options.tolerance)
         plain = planner.plain()
-        planned = self._certified(planner, plain)
+        planned = self._settle(planner, plain)
         verify(self.analysis, planned.schedule)
         self.planned = planned
         halves = (self.forward, self.backward) if self.forward and self.backward else None
@@ -98,18 +99,18 @@ class Session:
 
     # -- certificates ------------------------------------------------------------------------------------------------
 
-    def _certified(self, planner: Planner, plain: Planned, rounds: int = 6) -> Planned:
+    def _certified(self, planner: Planner, plain: Planned, less: int, rounds: int = 6) -> Planned:
         """Plan, measure what the plan inverts, and plan again until nothing is inverted without a certificate."""
         inputs = self.example_inputs or ()
         for _ in range(rounds):
-            planned = self._choose(planner, plain)
+            planned = self._choose(planner, plain, less)
             open_segments = planner.uncertified(planned.segments)
             if not open_segments or not inputs or not is_real(inputs):
-                return self._lowered(planner, plain, planned)
+                return planned
             planner.certify(self.certify(inputs, open_segments))
         planner.strategies = tuple(name for name in planner.strategies if name not in INVERTED)
         planner.certify({})
-        return self._lowered(planner, plain, self._choose(planner, plain))
+        return self._choose(planner, plain, less)
 
     def certify(self, inputs: Sequence[Any], segments: Iterable[Segment]) -> Certificates:
         """Measure certificates on real inputs of the captured graph (parameters included)."""
@@ -128,40 +129,37 @@ class Session:
 
     # -- choosing ------------------------------------------------------------------------------------------------------
 
-    def _choose(self, planner: Planner, plain: Planned, less: int = 0) -> Planned:
-        """The plan as simulated; `less` bytes are taken off the budget."""
+    def _settle(self, planner: Planner, plain: Planned, rounds: int = 5) -> Planned:
+        """A plan that fits as lowered: where the generated code needs more than the budget, take that off and retry.
+
+        Raises BudgetError when even the smallest plan does not fit.
+        """
+        limit = math.inf if self.options.budget is None else self.options.budget.resolve(plain.peak)
+        less, peak = 0, 0
+        for attempt in range(rounds):
+            planned = self._certified(planner, plain, less if attempt < rounds - 1 else int(limit))
+            peak = self._lower(planned) if self.lower else planned.peak
+            if peak <= limit:
+                return planned
+            if self.cornered:
+                break
+            less += peak - int(limit)
+        raise BudgetError(int(limit), peak, pinned_tensors(planner, planned))
+
+    def _choose(self, planner: Planner, plain: Planned, less: int) -> Planned:
+        """The plan as simulated; `less` bytes are taken off the budget. What cannot be met gets the smallest plan."""
         if self.options.budget is None:
             return planner.slowed(self.options.max_slowdown * plain.seconds)
-        limit = self.options.budget.resolve(plain.peak)
-        planned = planner.within(limit - less)
-        if planned is None:
-            raise self._budget_error(planner, limit, less)
-        return planned
+        planned = planner.within(self.options.budget.resolve(plain.peak) - less)
+        self.cornered = planned is None
+        return planner.smallest() if planned is None else planned
 
-    def _lowered(self, planner: Planner, plain: Planned, planned: Planned, rounds: int = 4) -> Planned:
-        """Lower a plan; where the generated code needs more than the budget, plan again with that much less."""
-        if not self.lower:
-            return planned
-        limit = None if self.options.budget is None else self.options.budget.resolve(plain.peak)
-        less = 0
-        for _ in range(rounds):
-            peak = max(planned.peak if self.options.lowering == "eager" else 0, self._lower(planned.schedule))
-            if limit is None or peak <= limit:
-                return planned
-            less += peak - limit
-            planned = self._choose(planner, plain, less)
-        assert limit is not None
-        raise self._budget_error(planner, limit, less)
-
-    def _budget_error(self, planner: Planner, limit: int, excess: int) -> BudgetError:
-        smallest = planner.smallest()
-        return BudgetError(limit, smallest.peak + max(0, excess), pinned_tensors(planner, smallest))
-
-    def _lower(self, schedule: Schedule) -> int:
-        """Compile both halves; return the larger peak of what was generated (0 where nothing but the plan is known)."""
+    def _lower(self, planned: Planned) -> int:
+        """Compile both halves; return the peak of what was generated (of the simulation where that is what runs)."""
         assert self.analysis is not None
-        self.forward, self.backward = self.lowerer.halves(schedule, self.analysis.graph.output_values)
-        return max(half.timeline.peak if half.timeline else 0 for half in (self.forward, self.backward))
+        self.forward, self.backward = self.lowerer.halves(planned.schedule, self.analysis.held)
+        timelines = [half.timeline for half in (self.forward, self.backward) if half.timeline is not None]
+        return max((timeline.peak for timeline in timelines), default=planned.peak)
 
 
 def input_positions(joint: fx.GraphModule) -> dict[int, int]:

@@ -74,6 +74,13 @@ class Analysis:
         return found
 
     @cached_property
+    def held(self) -> tuple[int, ...]:
+        """What stays alive through the whole backward pass: the outputs, which the user holds, and the gradient of a
+        scalar loss, which the autograd engine holds."""
+        graph = self.graph
+        return (*graph.output_values, *(value for value in graph.tangents if not graph.values[value].shape))
+
+    @cached_property
     def charges(self) -> dict[int, tuple[int, int]]:
         """(storage, bytes) of each value as an input of a program: what existed before the step costs nothing."""
         graph = self.graph

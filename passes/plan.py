@@ -111,7 +111,7 @@ class Planner:
         self.signatures = [signature(analysis, block) for block in analysis.blocks]
         self.keys = self._number([key for key, _ in self.signatures])
         self.later_gradients = self._later_gradients()
-        outputs = {analysis.charges[v] for v in analysis.graph.output_values}
+        outputs = {analysis.charges[v] for v in analysis.held}
         self.base = sum(size for _, size in outputs)
         self.forward_seconds = sum(e.seconds for e in analysis.graph.stage_edges("forward"))
         self.tables = [self._table(j) for j in range(len(analysis.blocks))]
@@ -529,7 +529,7 @@ def measure_schedule(
     """Simulate both programs: what the user holds (the outputs) stays alive through the backward pass."""
     charges = analysis.charges
     forward = simulate(schedule.forward, charges)
-    backward = simulate(schedule.backward, charges, pinned=analysis.graph.output_values)
+    backward = simulate(schedule.backward, charges, pinned=analysis.held)
     seconds = sum(
         operation_seconds(instruction.operation, analysis.device)
         for program in (schedule.forward, schedule.backward)
