@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,11 +26,12 @@ from .passes.cost import find_device
 from .report import Plan
 from .session import Session
 
+Model = TypeVar("Model", bound=nn.Module)
 SIZES = 64  # input sizes that get a plan of their own
 
 
 def moonwalk_compile(
-    model: nn.Module,
+    model: Model,
     *,
     budget: int | str | None = None,
     max_slowdown: float = 1.5,
@@ -39,7 +40,7 @@ def moonwalk_compile(
     lowering: str = "inductor",
     example_inputs: Sequence[Any] | None = None,
     fullgraph: bool = True,
-) -> nn.Module:
+) -> Model:
     """Compile `model` in place, so that its training step stays within a memory budget; returns the model.
 
     Args:
@@ -61,7 +62,7 @@ def moonwalk_compile(
     # As `model.compile` does, but through a frame of ours: Dynamo skips a forward that belongs to torch.nn itself.
     call = wrap_inline(model._call_impl)
     driver.compiled = torch.compile(call, backend=driver.backend, fullgraph=fullgraph, dynamic=False)
-    model._compiled_call_impl = driver  # type: ignore[assignment]
+    model._compiled_call_impl = driver
     if example_inputs is not None:
         driver.set_plan(plan_only(model, tuple(example_inputs), options))
     return model

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from .options import Options
-from .passes._torch_compat import disable_current_modes, dynamo_aot_autograd, functorch_config
+from .passes._torch_compat import disable_current_modes, dynamo_aot_autograd, functorch_config, lookup_backend
 from .passes.cost import Device, find_device
 from .passes.inductor import lower
 from .passes.lower import boxed_eager
@@ -60,7 +60,7 @@ def compile_inference(gm: fx.GraphModule, inputs: Sequence[Any], options: Option
     """Nothing to plan without a backward pass."""
     if options.lowering == "eager":
         return gm.forward
-    return torch._dynamo.lookup_backend("inductor")(gm, inputs)  # type: ignore[no-any-return]
+    return lookup_backend("inductor")(gm, list(inputs))
 
 
 def device_of(inputs: Sequence[Any]) -> Device:
@@ -86,7 +86,7 @@ def run_autograd(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) ->
         keep_inference_input_mutations=True,
     )
     with functorch_config.patch(donated_buffer=False, enable_autograd_cache=False):
-        return compiler(gm, inputs)  # type: ignore[no-any-return]
+        return compiler(gm, inputs)
 
 
 class CompiledStep:

@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 import time
+from typing import cast
 
 import torch
 from tabulate import tabulate
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .api import moonwalk_compile
 from .measure import gradient_error, gradients, measure_step, time_interleaved
+from .report import Plan
 from .units import format_bytes, format_seconds
 
 
@@ -26,7 +28,7 @@ class Half(nn.Module):
         self.down = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(nn.functional.gelu(self.up(self.norm(x))))  # type: ignore[no-any-return]
+        return self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
 class Coupled(nn.Module):
@@ -76,11 +78,15 @@ def _report(plain: nn.Module, model: nn.Module, inputs: tuple[Tensor, Tensor], c
     for name, module in (("plain", plain), ("ours", model)):
         module.zero_grad(set_to_none=True)
         peaks[name] = measure_step(lambda module=module: _step(module, inputs)).peak_bytes  # type: ignore[misc]
-    plan = model.plan
+    plan = cast(Plan, model.plan)
     rows = [
         ["peak, plain", format_bytes(peaks["plain"]), format_bytes(plan.plain_peak_bytes)],
         ["peak, compiled", format_bytes(peaks["ours"]), format_bytes(plan.peak_bytes)],
-        ["peak, plain / compiled", f"{peaks['plain'] / peaks['ours']:.1f}", f"{plan.plain_peak_bytes / plan.peak_bytes:.1f}"],
+        [
+            "peak, plain / compiled",
+            f"{peaks['plain'] / peaks['ours']:.1f}",
+            f"{plan.plain_peak_bytes / plan.peak_bytes:.1f}",
+        ],
         ["step time, plain", format_seconds(timings["plain"].seconds), format_seconds(plan.plain_time_s)],
         ["step time, compiled / plain", f"{timings['ours'].ratio:.2f}", f"{plan.time_s / plan.plain_time_s:.2f}"],
         ["gradient error", f"{error:.1e}", f"{max((s.error or 0.0) for s in plan.segments):.1e}"],

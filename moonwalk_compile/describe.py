@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-
 from collections.abc import Sequence
 
 from .options import Options
@@ -144,7 +143,9 @@ def _obstacle(planner: Planner, index: int) -> str:
             continue
         certificate = planner.certificates.get((strategy, index))
         if certificate is not None and planner.single_error(strategy, index) > planner.tolerance:
-            reasons.append(f"no {strategy}: error {planner.single_error(strategy, index):.0e} above {planner.tolerance:.0e}")
+            reasons.append(
+                f"no {strategy}: error {planner.single_error(strategy, index):.0e} above {planner.tolerance:.0e}"
+            )
         elif certificate is not None and certificate.growth > 1.5:
             reasons.append(f"no {strategy}: error grows {certificate.growth:.1f}x per block")
     return "; ".join(reasons)

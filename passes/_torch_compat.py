@@ -1,7 +1,8 @@
 """The only importer of torch's private modules; everything here exists from torch 2.11 on."""
 
-from torch._dynamo.backends.common import aot_autograd as dynamo_aot_autograd
 from torch._dynamo import config as dynamo_config
+from torch._dynamo import lookup_backend
+from torch._dynamo.backends.common import aot_autograd as dynamo_aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.utils import counters as dynamo_counters
@@ -27,6 +28,7 @@ __all__ = [
     "dynamo_counters",
     "functorch_config",
     "fx_graph_cse",
+    "lookup_backend",
     "make_fx",
     "tree_flatten",
     "tree_map",

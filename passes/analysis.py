@@ -18,7 +18,6 @@ from .inverse import inverse_edges, make_call, packing_of_reader, packing_of_val
 from .inverse.rule import Packing
 from .trace import storage_bytes, trace_operations
 
-
 STRICT_SIGN = "strict sign"
 
 
@@ -67,7 +66,7 @@ class Analysis:
     @cached_property
     def replays(self) -> dict[tuple[int, ...], Edge]:
         """Dropout with its mask at hand: the output is computed again without drawing."""
-        found = {}
+        found: dict[tuple[int, ...], Edge] = {}
         for edge in self.graph.edges:
             if edge.label == "native_dropout" and len(edge.gives) == 2 and _dropout_arguments(self.capture, edge)[2]:
                 found[edge.gives] = _replay_dropout(self.capture, edge, self.device)
@@ -84,7 +83,7 @@ class Analysis:
     def charges(self) -> dict[int, tuple[int, int]]:
         """(storage, bytes) of each value as an input of a program: what existed before the step costs nothing."""
         graph = self.graph
-        existing = {primal for primal in graph.primals}
+        existing = set(graph.primals)
         return {
             value.index: (value.storage, 0 if value.storage in existing else graph.values[value.storage].bytes)
             for value in graph.values
@@ -93,7 +92,7 @@ class Analysis:
 
 def _dropout_arguments(capture: Capture, edge: Edge) -> tuple[Any, ...]:
     """Source, rate, and whether it draws at all."""
-    return capture.nodes[edge.gives[0]].args[0].args  # type: ignore[union-attr, return-value]
+    return tuple(capture.nodes[edge.gives[0]].args[0].args)  # type: ignore[union-attr]
 
 
 def _replay_dropout(capture: Capture, edge: Edge, device: Device) -> Edge:
@@ -107,7 +106,9 @@ def _replay_dropout(capture: Capture, edge: Edge, device: Device) -> Edge:
         return source * mask * factor
 
     operations, results, _ = trace_operations(function, (capture.fake(edge.needs[0]), capture.fake(mask)))
-    replayed = Edge((output,), (edge.needs[0], mask), operations, results, "native_dropout, mask kept", stage=edge.stage)
+    replayed = Edge(
+        (output,), (edge.needs[0], mask), operations, results, "native_dropout, mask kept", stage=edge.stage
+    )
     return replace(replayed, seconds=edge_seconds(replayed, device))
 
 
@@ -127,7 +128,9 @@ class _Packer:
         self.fakes[index] = fake
         return index
 
-    def edge(self, function: Callable[..., Any], source: int, fake: Any, target: int | None, label: str) -> tuple[Edge, Any]:
+    def edge(
+        self, function: Callable[..., Any], source: int, fake: Any, target: int | None, label: str
+    ) -> tuple[Edge, Any]:
         operations, results, fakes = trace_operations(function, (fake,))
         given = self.add_value(source, fakes[0], label, "late") if target is None else target
         edge = Edge((given,), (source,), operations, results, label, "codec", "late")
@@ -140,7 +143,13 @@ class _Packer:
         shape = tuple(fake.shape)
         encode, bits = self.edge(lambda v: pack_bits(packing.encode(v)), value, fake, None, "bits")
         target = value if exact else None
-        decode, decoded = self.edge(lambda p: unpack_two(p, shape, packing.high, packing.low, fake.dtype), encode.gives[0], bits, target, "unpacked")
+        decode, decoded = self.edge(
+            lambda p: unpack_two(p, shape, packing.high, packing.low, fake.dtype),
+            encode.gives[0],
+            bits,
+            target,
+            "unpacked",
+        )
         if (decoded.dtype, decoded.shape, decoded.stride()) != (fake.dtype, fake.shape, fake.stride()):
             return None
         return Pack(value, encode.gives[0], encode, decode)
@@ -247,7 +256,8 @@ def analyse(capture: Capture, device: Device) -> Analysis:
         inverse=tuple(tuple(e for e in home if e.kind == "inverse" and e.stage == "forward") for home in homes),
         vijp=tuple(tuple(e for e in home if e.kind == "inverse" and e.stage == "backward") for home in homes),
         shortcuts=tuple(
-            tuple(e for e in home if e.kind != "inverse") + tuple(read) for home, (_, read) in zip(homes, signs, strict=True)
+            tuple(e for e in home if e.kind != "inverse") + tuple(read)
+            for home, (_, read) in zip(homes, signs, strict=True)
         ),
         strict_signs=tuple(tuple(_strict_signs(capture, block, device)) for block in blocks),
         signs=tuple(tuple(packs) for packs, _ in signs),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from .graph import Edge, Graph
 
@@ -37,9 +38,7 @@ class Block:
 def forward_chain(graph: Graph) -> list[Edge]:
     """The forward edges in order, views of the step's inputs apart: these are available everywhere."""
     return [
-        edge
-        for edge in graph.stage_edges("forward")
-        if not edge.effect and not graph.static.issuperset(edge.gives)
+        edge for edge in graph.stage_edges("forward") if not edge.effect and not graph.static.issuperset(edge.gives)
     ]
 
 
@@ -70,13 +69,17 @@ def _inputs_still_read(graph: Graph, chain: Sequence[Edge]) -> list[set[int]]:
 
 
 def cut_positions(graph: Graph, chain: Sequence[Edge], live: Sequence[frozenset[int]]) -> list[int]:
-    """One candidate between each two expensive operations, where the live set is smallest; local minima survive."""
-    landmarks = [p for p, edge in enumerate(chain) if edge.expensive] or [p for p, e in enumerate(chain) if not e.is_view]
+    """One candidate between each two expensive operations, where the live set is smallest; local minima stay."""
+    landmarks = [p for p, edge in enumerate(chain) if edge.expensive] or [
+        p for p, e in enumerate(chain) if not e.is_view
+    ]
     reading = _inputs_still_read(graph, chain)
-    roots = [{graph.values[value].storage for value in values} | inputs for values, inputs in zip(live, reading, strict=True)]
+    roots = [
+        {graph.values[value].storage for value in values} | inputs for values, inputs in zip(live, reading, strict=True)
+    ]
     size = [sum(graph.values[root].bytes for root in at) for at in roots]
     candidates = []
-    for left, right in zip(landmarks, landmarks[1:], strict=False):
+    for left, right in pairwise(landmarks):
         gap = range(left + 1, right + 1)
         if gap:
             candidates.append(min(gap, key=lambda p: (size[p], -p)))
@@ -117,7 +120,7 @@ def assign_backward(graph: Graph, forward_block: dict[int, int], count: int) -> 
 
 def split_blocks(graph: Graph, chain: Sequence[Edge], cuts: Iterable[int]) -> list[list[Edge]]:
     borders = [0, *cuts, len(chain)]
-    return [list(chain[a:b]) for a, b in zip(borders, borders[1:], strict=False) if b > a]
+    return [list(chain[a:b]) for a, b in pairwise(borders) if b > a]
 
 
 def find_blocks(graph: Graph) -> tuple[Block, ...]:

@@ -44,7 +44,8 @@ class JointReader:
         nodes = list(self.joint.graph.nodes)
         results = list(nodes[-1].args[0])
         self._mark_stages(nodes, results[:forward_outputs])
-        tangents, primals = [], []
+        tangents: list[int] = []
+        primals: list[int] = []
         for node in nodes:
             if node.op == "placeholder":
                 (tangents if is_tangent(node) else primals).append(self._add_input(node, len(primals)))
@@ -146,7 +147,8 @@ def tuple_items(node: fx.Node) -> list[fx.Node]:
     """The `getitem` nodes of a tuple operation, in order of position."""
     if not isinstance(node.meta.get("val"), (tuple, list)):
         return []
-    return sorted((user for user in node.users if user.target is operator.getitem), key=lambda user: user.args[1])
+    items = [user for user in node.users if user.target is operator.getitem]
+    return sorted(items, key=lambda user: int(str(user.args[1])))
 
 
 def is_tangent(node: fx.Node) -> bool:
@@ -164,6 +166,14 @@ def is_effect(node: fx.Node) -> bool:
     return schema is not None and (schema.is_mutable or not schema.returns)
 
 
+def _replace_argument(user: fx.Node, node: fx.Node, number: int) -> None:
+    def replaced(argument: fx.Node) -> Any:
+        return number if argument is node else argument
+
+    user.args = fx.node.map_arg(user.args, replaced)
+    user.kwargs = fx.node.map_arg(user.kwargs, replaced)
+
+
 def _inline_sizes(graph: fx.Graph) -> None:
     """Sizes that are inputs, or computed, become the integers they stand for: a plan holds for one set of sizes."""
     for node in graph.nodes:
@@ -171,15 +181,13 @@ def _inline_sizes(graph: fx.Graph) -> None:
         if not isinstance(size, (torch.SymInt, int)) or isinstance(size, bool):
             continue
         for user in list(node.users):
-            user.args = fx.node.map_arg(user.args, lambda n, node=node, size=size: int(size) if n is node else n)
-            user.kwargs = fx.node.map_arg(user.kwargs, lambda n, node=node, size=size: int(size) if n is node else n)
+            _replace_argument(user, node, int(size))
 
 
 def read_joint(
     joint: fx.GraphModule, forward_outputs: int, device: Device, roles: Mapping[int, Role] | None = None
 ) -> Capture:
-    """Turn AOTAutograd's joint graph into a `Graph`; common subexpressions are merged first, in place.
-    """
+    """Turn AOTAutograd's joint graph into a `Graph`; common subexpressions are merged first, in place."""
     _inline_sizes(joint.graph)
     merged = fx_graph_cse(joint.graph)
     merged.eliminate_dead_code()

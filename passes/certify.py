@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .analysis import Analysis
+from .analysis import Analysis, Pack
 from .emit import Facts, Segment, random_residue
 from .graph import Edge
 from .interpret import run_edge
@@ -67,7 +67,10 @@ class _Link:
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    norms = [tensor.float().norm() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.norm() for tensor in tensors]
+    norms = [
+        tensor.float().norm() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.norm()
+        for tensor in tensors
+    ]
     return float(torch.stack([norm.double() for norm in norms]).norm()) if norms else 0.0
 
 
@@ -165,7 +168,7 @@ class Certifier:
             state = {value: reached[value] for value in block.live_out}
         return kept
 
-    def _packs(self, index: int) -> list:  # type: ignore[type-arg]
+    def _packs(self, index: int) -> list[Pack]:
         return [*self.analysis.signs[index], *self.analysis.packs.values()]
 
     def _invert(self, run: range, kept: Mapping[int, State]) -> Iterator[tuple[int, Certificate]]:
@@ -179,11 +182,11 @@ class Certifier:
 
         def recover(state: State) -> State:
             reached = self.values.run(edges, {**masks, **state}, block.live_in)
-            return {value: reached.get(value, state.get(value)) for value in block.live_in}  # type: ignore[misc]
+            return _picked(block.live_in, reached, state)
 
         def apply(state: State, _: State) -> State:
             reached = self.values.run(self._forward_edges(index), {**masks, **state}, block.live_out)
-            return {value: reached.get(value, state.get(value)) for value in block.live_out}  # type: ignore[misc]
+            return _picked(block.live_out, reached, state)
 
         return _Link(index, recover, apply, block.live_in)
 
@@ -211,7 +214,7 @@ class Certifier:
         solution = self.facts.spine(index).solution
         edges = [edge for edge in solution.program(block.cotangents_out) if edge.label != "residual"]
         reached = self.values.run(edges, {**kept, **cotangents}, block.cotangents_out)
-        return {value: reached.get(value, cotangents.get(value)) for value in block.cotangents_out}  # type: ignore[misc]
+        return _picked(block.cotangents_out, reached, cotangents)
 
     def _sweep(self, index: int, masks: State) -> _Link:
         block = self.analysis.blocks[index]
@@ -223,7 +226,7 @@ class Certifier:
         def recover(state: State) -> State:
             wanted = {*block.live_out, *block.cotangents_in}
             reached = self.values.run(up, {**masks, **state}, wanted)
-            return {value: reached.get(value, state.get(value)) for value in wanted}  # type: ignore[misc]
+            return _picked(wanted, reached, state)
 
         def apply(state: State, before: State) -> State:
             """The backward edges as they stand in the joint graph: exact zeros and ties show here."""
@@ -232,9 +235,14 @@ class Certifier:
             forward = self.values.run(edges, {**masks, **entry}, {*reads, *block.live_in})
             cotangents = {value: state[value] for value in block.cotangents_in}
             reached = self.values.run(true_spine, {**forward, **cotangents}, block.cotangents_out)
-            return {**entry, **{v: reached.get(v, state.get(v)) for v in block.cotangents_out}}  # type: ignore[dict-item]
+            return entry | _picked(block.cotangents_out, reached, state)
 
         return _Link(index, recover, apply, block.cotangents_in)
+
+
+def _picked(wanted: Iterable[int], reached: State, otherwise: State) -> State:
+    """The wanted values: what was reached, else what passed through unchanged."""
+    return {value: reached[value] if value in reached else otherwise[value] for value in wanted}
 
 
 def _ancestors(edges: Sequence[Edge], wanted: Iterable[int]) -> list[Edge]:

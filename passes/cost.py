@@ -53,7 +53,7 @@ SOLVERS = {"linalg_inv_ex": 2.0, "linalg_lu_factor_ex": 0.67, "linalg_solve_ex":
 
 
 def count_flops(node: fx.Node) -> float:
-    """Floating-point operations of a call, from torch's own registry, with the attention kernels and solvers that it lacks."""
+    """Floating-point operations of a call: torch's own registry, and the attention kernels and solvers it lacks."""
     name = base_name(node.target)
     if name in SOLVERS:
         shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
@@ -67,7 +67,9 @@ def count_flops(node: fx.Node) -> float:
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if formula is None:
         return 0.0
-    args, kwargs = tree_map(lambda item: item.meta["val"] if isinstance(item, fx.Node) else item, (node.args, dict(node.kwargs)))
+    args, kwargs = tree_map(
+        lambda item: item.meta["val"] if isinstance(item, fx.Node) else item, (node.args, dict(node.kwargs))
+    )
     return float(formula(*args, **kwargs, out_val=node.meta["val"]))
 
 

@@ -54,7 +54,7 @@ def backward_program(facts: Facts, segment: Segment) -> Program:
 def forward_program(facts: Facts, segment: Segment, handed: Iterable[int]) -> Program:
     """The segment's forward pass alone, with what it hands to the backward pass."""
     analysis = facts.analysis
-    handed = [value for value in handed]
+    handed = list(handed)
     emitter = ForwardEmitter(analysis, handed)
     blocks = [analysis.blocks[index] for index in segment.span]
     for value in blocks[0].live_in:
@@ -133,5 +133,12 @@ def signature(analysis: Analysis, block: Block) -> tuple[object, tuple[int, ...]
             local(analysis.packs[value].kept)
     for pack in analysis.signs[block.index]:
         local(pack.kept)
-    borders = (block.live_in, block.live_out, block.demanded, block.cotangents_in, block.cotangents_out, block.gradients)
+    borders = (
+        block.live_in,
+        block.live_out,
+        block.demanded,
+        block.cotangents_in,
+        block.cotangents_out,
+        block.gradients,
+    )
     return (description, tuple(tuple(map(local, border)) for border in borders)), tuple(order)

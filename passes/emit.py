@@ -76,12 +76,16 @@ class Spine:
 def block_spine(analysis: Analysis, block: Block) -> Spine:
     """The cheapest spine: reading a value of the forward pass costs its bytes, a bit per element where bits will do."""
     graph, bandwidth = analysis.graph, 1e9
-    packs = [*analysis.signs[block.index], *(analysis.packs[v] for v in _spine_reads(analysis, block) if v in analysis.packs)]
+    packs = [
+        *analysis.signs[block.index],
+        *(analysis.packs[v] for v in _spine_reads(analysis, block) if v in analysis.packs),
+    ]
     packs += [analysis.packs[v] for e in analysis.shortcuts[block.index] for v in e.needs if v in analysis.packs]
     packs = list({pack.kept: pack for pack in packs}.values())
     readable = {*(pack.kept for pack in packs), *_spine_reads(analysis, block)}
     reading = [
-        Edge((v,), (), (), (), "residual", seconds=graph.values[graph.values[v].storage].bytes / bandwidth) for v in readable
+        Edge((v,), (), (), (), "residual", seconds=graph.values[graph.values[v].storage].bytes / bandwidth)
+        for v in readable
     ]
     edges = (
         *reading,
@@ -98,7 +102,12 @@ def block_spine(analysis: Analysis, block: Block) -> Spine:
 def _spine_reads(analysis: Analysis, block: Block) -> set[int]:
     graph = analysis.graph
     edges = (*block.backward, *analysis.shortcuts[block.index])
-    return {v for e in edges for v in e.needs if v < len(analysis.capture.graph.values) and graph.values[v].stage != "backward"} - graph.static
+    return {
+        v
+        for e in edges
+        for v in e.needs
+        if v < len(analysis.capture.graph.values) and graph.values[v].stage != "backward"
+    } - graph.static
 
 
 def block_sweep(analysis: Analysis, block: Block) -> Solution:

@@ -80,7 +80,7 @@ def keep_sets(analysis: Analysis, block: Block, prices: Iterable[float]) -> list
 
 
 def _everything(analysis: Analysis, block: Block) -> Iterator[int]:
-    """What plain backpropagation saves: the forward values that the backward edges read, or that late ones derive from."""
+    """What plain backpropagation saves: forward values that backward edges read, or that late ones derive from."""
     late = {value: edge for edge in block.late for value in edge.gives}
     stack = list(block.demanded)
     while stack:

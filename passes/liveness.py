@@ -72,9 +72,7 @@ def simulate(
     during = []
     for position, instruction in enumerate(program.instructions):
         operation = instruction.operation
-        mine = [
-            (instruction.slot, item) if source < 0 else held[source][item] for source, item in instruction.holds
-        ]
+        mine = [(instruction.slot, item) if source < 0 else held[source][item] for source, item in instruction.holds]
         for storage_id in mine:
             own = storage_id[0] == instruction.slot
             heap.take(storage_id, operation.new[storage_id[1]] if own else heap.size[storage_id])
@@ -87,4 +85,3 @@ def simulate(
             for storage_id in mine:
                 heap.drop(storage_id)
     return Timeline(tuple(during), start, heap.live)
-

@@ -38,7 +38,7 @@ def boxed_eager(module: fx.GraphModule) -> Boxed:
     function = module.forward
 
     def call(arguments: list[Any]) -> Sequence[Any]:
-        return function(arguments)  # type: ignore[no-any-return]
+        return function(arguments)
 
     call._boxed_call = True  # type: ignore[attr-defined]
     return call
@@ -136,9 +136,7 @@ def replay_pieces(
     return Timeline(tuple(during), start, heap.live)
 
 
-def _replay_piece(
-    heap: Heap, held: dict[int, tuple[int, int]], number: int, piece: Piece, done: Lowered
-) -> list[int]:
+def _replay_piece(heap: Heap, held: dict[int, tuple[int, int]], number: int, piece: Piece, done: Lowered) -> list[int]:
     during = []
     dying = set(piece.dying)
     dropped: set[int] = set()
@@ -162,4 +160,3 @@ def _replay_piece(
     for place in dying - dropped:
         heap.drop(held[piece.arguments[place]])
     return [*during, heap.live]
-

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .analysis import Analysis
-from .costs import Cost, backward_program, segment_cost, signature
 from .cost import base_name, operation_seconds
+from .costs import Cost, backward_program, segment_cost, signature
 from .emit import Facts, Schedule, Segment, emit, random_residue, residue
 from .keepsets import keep_sets
 from .liveness import Timeline, simulate

@@ -16,7 +16,7 @@ from .graph import Edge, Graph, Operation, map_refs, refs_in
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """An operation of an edge; `slots[i]` is the program's slot for its slot i. `value` is what the result stands for."""
+    """An operation of an edge; `slots[i]` is the program's slot for its slot i, `value` what it stands for."""
 
     slot: int
     operation: Operation
@@ -103,7 +103,7 @@ class Builder:
         for value in order:
             if value not in self.inputs:
                 self.inputs[value] = self._new_slot()
-        first = [value for value in order]
+        first = list(order)
         rest = [value for value in self.inputs if value not in set(first)]
         inputs = tuple((self.inputs[value], value) for value in [*first, *rest])
         return Program(inputs, tuple(self.instructions), tuple(outputs))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import fx
@@ -58,5 +57,3 @@ def to_halves(analysis: Analysis, schedule: Schedule, root: torch.nn.Module) -> 
     forward = to_module(analysis, schedule.forward, root, "MoonwalkForward")
     backward = to_module(analysis, schedule.backward, root, "MoonwalkBackward")
     return forward, backward
-
-

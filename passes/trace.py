@@ -49,15 +49,21 @@ class Recorder:
             holds.append(place)
         self.add_input(node)
         flops = count_flops(node) if any(new) else 0.0
-        moved = sum(new) and sum(new) + sum(storage_bytes(argument.meta.get("val")) for argument in node.all_input_nodes)
+        moved = sum(new) and sum(new) + sum(
+            storage_bytes(argument.meta.get("val")) for argument in node.all_input_nodes
+        )
         return Operation(
             node.target, self.arguments(node.args), self.arguments(node.kwargs), tuple(new), tuple(holds), flops, moved
         )
 
     def arguments(self, tree: Any) -> Any:
-        return fx.node.map_arg(tree, lambda node: Ref(self.slot[node])) if not isinstance(tree, Mapping) else {
-            key: self.arguments(item) for key, item in tree.items()
-        }
+        """Nested arguments with each node replaced by a reference to its slot."""
+        if isinstance(tree, Mapping):
+            return {key: self.arguments(item) for key, item in tree.items()}
+        return fx.node.map_arg(tree, self._ref)
+
+    def _ref(self, node: fx.Node) -> Any:
+        return Ref(self.slot[node])
 
 
 def trace_operations(

@@ -28,7 +28,9 @@ def _in_order(name: str, program: Program) -> None:
     for position, instruction in enumerate(program.instructions):
         missing = [slot for slot in instruction.reads if slot not in known]
         if missing:
-            raise VerificationError(f"{name} program: instruction {position} reads slots {missing} before they are made")
+            raise VerificationError(
+                f"{name} program: instruction {position} reads slots {missing} before they are made"
+            )
         if instruction.slot in known:
             raise VerificationError(f"{name} program: slot {instruction.slot} is made twice")
         known.add(instruction.slot)
@@ -51,9 +53,7 @@ def _complete(analysis: Analysis, schedule: Schedule) -> None:
 
 def _once(analysis: Analysis, schedule: Schedule) -> None:
     single = {edge.operations[0].target: edge.label for edge in analysis.graph.edges if edge.random or edge.effect}
-    expected = Counter(
-        str(edge.operations[0].target) for edge in analysis.graph.edges if edge.random or edge.effect
-    )
+    expected = Counter(str(edge.operations[0].target) for edge in analysis.graph.edges if edge.random or edge.effect)
     found = Counter(
         str(instruction.operation.target)
         for program in (schedule.forward, schedule.backward)
@@ -62,7 +62,9 @@ def _once(analysis: Analysis, schedule: Schedule) -> None:
     )
     for target, count in found.items():
         if count > expected[target]:
-            raise VerificationError(f"{target} is random or mutating and is emitted {count} times, not {expected[target]}")
+            raise VerificationError(
+                f"{target} is random or mutating and is emitted {count} times, not {expected[target]}"
+            )
 
 
 def covered(segments: Sequence[Segment], certified: set[tuple[str, int]]) -> bool:

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..graph import Ref, refs_in
 from .rule import Call, Packing
 
-
 # -- results -------------------------------------------------------------------------------------------------------
 
 
