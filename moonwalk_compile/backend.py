@@ -128,7 +128,7 @@ class CompiledStep:
             return
         session = self.session
         assert session.planned is not None
-        certificates = session.certify(arguments, session.planned.segments)
+        certificates = session.certify(arguments, session.planned.segments, session.certificates)
         error = session.error_under(certificates)
         if error <= self.options.tolerance:
             return

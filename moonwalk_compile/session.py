@@ -107,12 +107,16 @@ class Session:
             open_segments = planner.uncertified(planned.segments)
             if not open_segments or not inputs or not is_real(inputs):
                 return planned
-            planner.certify(self.certify(inputs, open_segments))
+            found = self.certify(inputs, open_segments)
+            self.certificates = {**self.certificates, **found}
+            planner.certify(found)
         planner.strategies = tuple(name for name in planner.strategies if name not in INVERTED)
         planner.certify({})
         return self._choose(planner, plain, less)
 
-    def certify(self, inputs: Sequence[Any], segments: Iterable[Segment]) -> Certificates:
+    def certify(
+        self, inputs: Sequence[Any], segments: Iterable[Segment], known: Certificates | None = None
+    ) -> Certificates:
         """Measure certificates on real inputs of the captured graph (parameters included)."""
         assert self.analysis is not None
         primals = {value: inputs[flat] for value, flat in self.positions.items() if isinstance(inputs[flat], Tensor)}
@@ -120,7 +124,7 @@ class Session:
         with disable_current_modes(), torch.no_grad():
             if unknown:
                 return {(s.strategy, i): Certificate(math.inf, math.inf) for s in segments for i in s.span}
-            return Certifier(self.analysis, self.facts, primals).measure(segments)
+            return Certifier(self.analysis, self.facts, primals).measure(segments, known)
 
     def error_under(self, certificates: Certificates) -> float:
         """The predicted gradient error of the present plan under newly measured certificates."""

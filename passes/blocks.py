@@ -58,7 +58,7 @@ def live_sets(graph: Graph, chain: Sequence[Edge]) -> list[frozenset[int]]:
 
 
 def _inputs_still_read(graph: Graph, chain: Sequence[Edge]) -> list[set[int]]:
-    """For each position, the activations among the step's inputs that the forward pass still reads: no cut saves them."""
+    """For each position, the activations among the step's inputs that the forward pass still reads."""
     reading: set[int] = set()
     sets: list[set[int]] = [set()]
     for edge in reversed(chain):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from .emit import Schedule
 from .graph import refs_in
 from .inductor import Lowered, lower
 from .liveness import Heap, Timeline
-from .pieces import Piece, cut_pieces, group_by_block
+from .pieces import Piece, cut_pieces, group_by_block, metadata
 from .program import Program
 from .rewrite import to_module
 
@@ -95,22 +95,39 @@ class Lowerer:
         if len(program.instructions) <= FEW or 2 * len({piece.key for piece in pieces}) > len(pieces):
             pieces = cut_pieces(self.analysis, program, [program.instructions])
         calls, lowered = [], []
+        fakes = {slot: self.analysis.fakes[value] for slot, value in program.inputs}
         for piece in pieces:
-            done = self._compile(piece, is_backward)
+            done = self._compile(piece, is_backward, fakes)
             lowered.append(done)
+            fakes.update(self._results(piece, done))
             dying = tuple(piece.arguments[place] for place in piece.dying)
             calls.append(_Call(done.call, piece.arguments, dying, piece.results))
         timeline = replay_pieces(self.analysis, program, pieces, lowered, pinned)
         return Half(boxed_sequence(program, calls), timeline, len({piece.key for piece in pieces}))
 
-    def _compile(self, piece: Piece, is_backward: bool) -> Lowered:
-        key = (is_backward, piece.key)
+    def _compile(self, piece: Piece, is_backward: bool, fakes: Mapping[int, Any]) -> Lowered:
+        arguments = {slot: fakes[slot] for slot in piece.arguments}
+        roles = [self.analysis.graph.values[value].role for _, value in piece.program.inputs]
+        key = (is_backward, piece.key, tuple(map(metadata, arguments.values())), tuple(roles))
         if key not in self.compiled:
-            module = to_module(self.analysis, piece.program, self.root, "MoonwalkPiece")
-            roles = [self.analysis.graph.values[value].role for _, value in piece.program.inputs]
+            module = to_module(self.analysis, piece.program, self.root, "MoonwalkPiece", arguments)
             static = [place for place, role in enumerate(roles) if role in ("parameter", "buffer")]
             self.compiled[key] = lower(module, is_backward=is_backward, static_inputs=static)
         return self.compiled[key]
+
+    def _results(self, piece: Piece, done: Lowered) -> dict[int, Any]:
+        """Fake tensors in the layout that the compiled piece returns: a solved value need not have its original's."""
+        values = {i.slot: i.value for i in piece.program.instructions}
+        found = {}
+        for slot, output in zip(piece.results, done.outputs, strict=True):
+            value = values[slot]
+            assert value is not None
+            fake = self.analysis.fakes[value]
+            if output.stride is not None and output.stride != fake.stride():
+                with fake.fake_mode:
+                    fake = torch.empty_strided(fake.shape, output.stride, dtype=fake.dtype, device=fake.device)
+            found[slot] = fake
+        return found
 
 
 def replay_pieces(

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from .analysis import Analysis
 from .graph import Ref, refs_in
 from .program import Instruction, Program
@@ -67,25 +69,28 @@ def _piece(
     program = Program(
         tuple((slot, value_of[slot]) for slot in arguments), tuple(group), tuple(Ref(slot) for slot in results)
     )
-    return Piece(program, arguments, results, dying, _key(analysis, program))
+    return Piece(
+        program,
+        arguments,
+        results,
+        dying,
+        (_key(program), tuple(metadata(analysis.fakes[value]) for _, value in program.inputs)),
+    )
 
 
-def _key(analysis: Analysis, program: Program) -> object:
-    """Equal for pieces that do the same: operations with slots numbered from the piece's start, and input metadata."""
+def _key(program: Program) -> object:
+    """Equal for pieces that do the same: operations with slots numbered from the piece's start."""
     local = {slot: place for place, (slot, _) in enumerate(program.inputs)}
     for instruction in program.instructions:
         local[instruction.slot] = len(local)
-
     steps = tuple(
         (str(i.operation.target), repr(i.arguments(lambda slot: Ref(local[slot])))) for i in program.instructions
     )
-    inputs = tuple(_metadata(analysis, value) for _, value in program.inputs)
-    return (inputs, steps, tuple(local[ref.slot] for ref in refs_in(program.outputs)))
+    return (steps, tuple(local[ref.slot] for ref in refs_in(program.outputs)))
 
 
-def _metadata(analysis: Analysis, value: int) -> object:
-    fake = analysis.fakes[value]
-    role = analysis.graph.values[value].role
-    if not hasattr(fake, "stride"):
-        return (repr(fake), role)
-    return (tuple(fake.shape), fake.stride(), fake.dtype, str(fake.device), fake.storage_offset(), role)
+def metadata(fake: object) -> object:
+    """What a compiled piece assumes of an argument."""
+    if not isinstance(fake, Tensor):
+        return repr(fake)
+    return (tuple(fake.shape), fake.stride(), fake.dtype, str(fake.device), fake.storage_offset())

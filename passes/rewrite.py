@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,13 +14,18 @@ from .graph import map_refs
 from .program import Instruction, Program
 
 
-def to_module(analysis: Analysis, program: Program, root: torch.nn.Module, name: str) -> fx.GraphModule:
-    """Build the straight-line FX module of a program. Node names are those of the joint graph, made unique by FX."""
+def to_module(
+    analysis: Analysis, program: Program, root: torch.nn.Module, name: str, fakes: Mapping[int, Any] | None = None
+) -> fx.GraphModule:
+    """Build the straight-line FX module of a program. Node names are those of the joint graph, made unique by FX.
+
+    `fakes` are the fake tensors of input slots whose layout is not that of the value they stand for.
+    """
     graph = fx.Graph()
     nodes: dict[int, fx.Node] = {}
     for slot, value in program.inputs:
         node = graph.placeholder(_input_name(analysis, value))
-        node.meta["val"] = analysis.fakes[value]
+        node.meta["val"] = (fakes or {}).get(slot, analysis.fakes[value])
         nodes[slot] = node
     for instruction in program.instructions:
         nodes[instruction.slot] = _add_instruction(analysis, graph, nodes, instruction)

@@ -1,0 +1,87 @@
+"""Cutting programs into pieces, each distinct one to be compiled once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moonwalk_compile.passes.analysis import Analysis
+from moonwalk_compile.passes.emit import Facts, Segment, emit
+from moonwalk_compile.passes.pieces import Piece, cut_pieces, group_by_block
+from moonwalk_compile.passes.program import Program
+
+from .hand import Layer, chain
+
+
+def pieces_of(analysis: Analysis) -> tuple[Program, list[Piece], Program, list[Piece]]:
+    keeps = [Segment(b.index, b.index, "keep", frozenset(b.demanded)) for b in analysis.blocks]
+    schedule = emit(Facts(analysis), keeps)
+    forward, backward = schedule.forward, schedule.backward
+    return (
+        forward,
+        cut_pieces(analysis, forward, group_by_block(forward)),
+        backward,
+        cut_pieces(analysis, backward, group_by_block(backward)),
+    )
+
+
+def test_one_group_for_each_run_of_a_block():
+    program, pieces, backward, _ = pieces_of(chain([Layer()] * 4))
+    assert [[i.block for i in group] for group in group_by_block(program)] == [[b, b] for b in range(4)]
+    assert [group[0].block for group in group_by_block(backward)] == [3, 2, 1, 0]
+    assert sum(len(piece.program.instructions) for piece in pieces) == len(program.instructions)
+
+
+def test_identical_blocks_share_a_key():
+    """The first reads the step's own input, the last hands over its result at once."""
+    _, forward, _, backward = pieces_of(chain([Layer()] * 5))
+    assert len({piece.key for piece in forward[1:4]}) == 1
+    assert len({piece.key for piece in backward[1:4]}) == 1
+    assert forward[0].key != forward[1].key  # the role of its input is another
+    assert not {piece.key for piece in forward} & {piece.key for piece in backward}
+
+
+def test_other_sizes_have_another_key():
+    _, forward, _, backward = pieces_of(chain([Layer(), Layer(), Layer(inner=16), Layer(), Layer()]))
+    assert forward[1].key == forward[3].key != forward[2].key or forward[1].key == forward[3].key
+    assert backward[2].key != backward[1].key
+
+
+def test_other_operations_have_another_key():
+    analysis = chain([Layer()] * 4)
+    program, pieces, _, _ = pieces_of(analysis)
+    groups = group_by_block(program)
+    first, *rest = groups[2]
+    groups[2] = [replace(first, operation=replace(first.operation, target="bmm")), *rest]
+    assert cut_pieces(analysis, program, groups)[2].key != pieces[1].key
+    assert pieces[2].key == pieces[1].key
+
+
+def test_other_wiring_has_another_key():
+    analysis = chain([Layer()] * 4)
+    program, pieces, _, _ = pieces_of(analysis)
+    groups = group_by_block(program)
+    first, *rest = groups[2]
+    groups[2] = [replace(first, slots=first.slots[::-1]), *rest]
+    assert cut_pieces(analysis, program, groups)[2].key != pieces[1].key
+
+
+def test_pieces_hand_over_what_later_ones_read():
+    program, pieces, _, _ = pieces_of(chain([Layer()] * 3))
+    made = {slot for slot, _ in program.inputs}
+    for piece in pieces:
+        assert made.issuperset(piece.arguments)
+        made.update(piece.results)
+    assert made.issuperset(ref.slot for ref in program.outputs)
+
+
+def test_arguments_die_in_the_last_piece_that_reads_them():
+    _, _, backward, pieces = pieces_of(chain([Layer()] * 3))
+    outputs = {ref.slot for ref in backward.outputs}
+    dead: set[int] = set()
+    for piece in pieces:
+        assert not dead & set(piece.arguments)
+        dying = {piece.arguments[place] for place in piece.dying}
+        assert not dying & outputs
+        dead |= dying
+    read = {slot for piece in pieces for slot in piece.arguments}
+    assert dead == read - outputs

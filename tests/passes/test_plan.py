@@ -1,0 +1,190 @@
+"""The planner against brute force, on small chains drawn at random."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moonwalk_compile.passes.emit import Facts, Segment
+from moonwalk_compile.passes.plan import Certificate, Move, Planner, chain_error
+from moonwalk_compile.passes.verify import verify
+
+from .hand import Layer, chain
+
+some = settings(max_examples=25, deadline=None, derandomize=True)
+sizes = st.integers(1, 30)
+layers = st.builds(
+    Layer, inner=sizes, outer=sizes, seconds=st.integers(1, 20), inverse=st.booleans(), vijp=st.booleans()
+)
+chains = st.lists(layers, min_size=1, max_size=5)
+fractions = st.floats(0.1, 1.3)
+
+
+def planner_of(drawn: list[Layer], **options: object) -> Planner:
+    return Planner(Facts(chain(drawn)), **options)  # type: ignore[arg-type]
+
+
+def segmentations(planner: Planner, last: int) -> Iterator[list[Move]]:
+    """Every chain of moves that covers the blocks 0 to `last`."""
+    if last < 0:
+        yield []
+        return
+    for move in planner.tables[last].moves:
+        for before in segmentations(planner, move.segment.first - 1):
+            yield [*before, move]
+
+
+def modelled(planner: Planner, moves: list[Move]) -> tuple[float, float]:
+    """Peak bytes and added seconds of a chain by the additive model; infinite where neighbours do not fit together."""
+    kept = peak = seconds = 0.0
+    covered = anchor = False
+    for move in moves:
+        cost, last = move.cost, move.segment.last
+        if anchor and not cost.covers_in:
+            return math.inf, math.inf  # an inverted segment starts from what the next one keeps at its border
+        if covered:
+            kept -= cost.border_in  # what is at this border has been counted already
+        backward = cost.backward_peak + planner.later_gradients[last] + planner.base
+        peak = max(peak, kept + max(cost.forward_peak, backward))
+        kept += cost.own + cost.border_in
+        seconds += cost.seconds
+        covered, anchor = cost.covers_out, move.segment.strategy == "invert"
+    outputs = set(planner.analysis.graph.output_values)
+    if anchor and not set(planner.analysis.blocks[-1].live_out) <= outputs:
+        return math.inf, math.inf
+    return peak, seconds
+
+
+@some
+@given(chains)
+def test_the_dynamic_program_equals_brute_force(drawn: list[Layer]) -> None:
+    planner = planner_of(drawn)
+    every = [modelled(planner, moves) for moves in segmentations(planner, len(drawn) - 1)]
+    peaks = sorted({peak for peak, _ in every if math.isfinite(peak)})
+    for budget in [peaks[0] - 1, *peaks[:: max(1, len(peaks) // 8)], peaks[-1]]:
+        best = min((seconds for peak, seconds in every if peak <= budget), default=None)
+        moves = planner.fastest(budget)
+        if best is None:
+            assert moves is None
+        else:
+            assert moves is not None
+            peak, seconds = modelled(planner, moves)
+            assert peak <= budget
+            assert seconds == pytest.approx(best)
+
+
+@some
+@given(chains)
+def test_the_moves_are_all_that_is_possible(drawn: list[Layer]) -> None:
+    """Each span as a checkpoint; each run of invertible blocks as an inversion; each block kept."""
+    planner = planner_of(drawn)
+    spans = [(first, last) for last in range(len(drawn)) for first in range(last + 1)]
+    found: dict[str, set[tuple[int, int]]] = {}
+    for table in planner.tables:
+        for move in table.moves:
+            found.setdefault(move.segment.strategy, set()).add((move.segment.first, move.segment.last))
+    assert found["checkpoint"] == set(spans)
+    assert found["keep"] == {(index, index) for index in range(len(drawn))}
+    # The first block's input is the step's own: there is nothing to solve for.
+    runs = {(a, b) for a, b in spans if a and all(layer.inverse for layer in drawn[a : b + 1])}
+    assert found.get("invert", set()) == runs
+    dry = {i for i, layer in enumerate(drawn) if not (i and layer.inverse)}
+    spines = {(a, b) for a, b in spans if a and all(i in dry and drawn[i].vijp for i in range(a, b + 1))}
+    assert found.get("moonwalk", set()) == spines
+
+
+@some
+@given(chains, st.lists(fractions, min_size=2, max_size=4))
+def test_a_smaller_budget_is_never_faster(drawn: list[Layer], parts: list[float]) -> None:
+    planner = planner_of(drawn)
+    plain = planner.plain().peak
+    times = []
+    for part in sorted(parts):
+        moves = planner.fastest(part * plain)
+        times.append(math.inf if moves is None else sum(move.cost.seconds for move in moves))
+    assert times == sorted(times, reverse=True)
+
+
+@some
+@given(chains, fractions)
+def test_a_plan_within_a_budget_is_within_it(drawn: list[Layer], part: float) -> None:
+    planner = planner_of(drawn)
+    budget = part * planner.plain().peak
+    planned = planner.within(budget)
+    if planned is not None:
+        assert planned.peak <= budget
+        verify(planner.analysis, planned.schedule)
+        assert [index for segment in planned.segments for index in segment.span] == list(range(len(drawn)))
+
+
+@some
+@given(chains)
+def test_the_budget_of_plain_backpropagation_costs_no_time(drawn: list[Layer]) -> None:
+    planner = planner_of(drawn)
+    plain = planner.plain()
+    planned = planner.within(plain.peak * 1.5)
+    assert planned is not None and planned.seconds <= plain.seconds + 1e-9
+
+
+@some
+@given(chains)
+def test_the_smallest_plan_is_no_larger_than_plain(drawn: list[Layer]) -> None:
+    planner = planner_of(drawn)
+    smallest = planner.smallest()
+    verify(planner.analysis, smallest.schedule)
+    assert smallest.peak <= planner.plain().peak
+
+
+@pytest.mark.parametrize("strategies", [("keep",), ("checkpoint",), ("invert", "keep"), ("checkpoint", "moonwalk")])
+def test_only_the_strategies_asked_for_are_used(strategies: tuple[str, ...]) -> None:
+    planner = planner_of([Layer(inverse=i % 2 == 0, vijp=True) for i in range(6)], strategies=strategies)
+    for table in planner.tables:
+        assert {move.segment.strategy for move in table.moves} <= set(strategies)
+    assert {segment.strategy for segment in planner.smallest().segments} <= set(strategies)
+
+
+def test_inversion_makes_the_peak_of_a_deep_chain_smaller():
+    drawn = [Layer(inner=40, outer=40, inverse=True)] * 30
+    with_inversion = planner_of(drawn).smallest()
+    without = planner_of(drawn, strategies=("keep", "checkpoint")).smallest()
+    assert "invert" in {segment.strategy for segment in with_inversion.segments}
+    assert with_inversion.peak < without.peak
+
+
+# -- certificates ----------------------------------------------------------------------------------------------------
+
+
+def certified(count: int, certificate: Certificate) -> dict[tuple[str, int], Certificate]:
+    return {("invert", index): certificate for index in range(count)}
+
+
+def test_a_chain_ends_before_its_error_passes_the_tolerance():
+    """Noise of 1e-6 that doubles with each block: 1, 2.2, 4.6, 9.2, 18 millionths."""
+    noise = certified(8, Certificate(1e-6, 2.0))
+    planner = planner_of([Layer(inverse=True)] * 8, certificates=noise, tolerance=1e-5)
+    longest = max(
+        (move.segment for table in planner.tables for move in table.moves if move.segment.strategy == "invert"),
+        key=lambda segment: len(segment.span),
+    )
+    assert len(longest.span) == 4
+    assert planner.error_of(longest) == pytest.approx(9.2e-6, rel=0.01)
+
+
+def test_no_certificate_no_error():
+    planner = planner_of([Layer(inverse=True)] * 3)
+    segment = Segment(1, 2, "invert", frozenset())
+    assert planner.uncertified([segment]) == [segment]
+    assert planner.error_of(segment) == math.inf
+    planner.certify(certified(3, Certificate(1e-7, 1.0)))
+    assert planner.uncertified([segment]) == []
+    assert planner.error_of(segment) == chain_error(segment, planner.certificates) == pytest.approx(math.sqrt(2) * 1e-7)
+
+
+def test_a_bad_certificate_forbids_inversion():
+    planner = planner_of([Layer(inverse=True)] * 3, tolerance=1e-4)
+    planner.certify(certified(3, Certificate(math.inf, math.inf)))
+    assert not [move for table in planner.tables for move in table.moves if move.segment.strategy == "invert"]

@@ -1,0 +1,177 @@
+"""Builders, programs, and the schedules of the four strategies on a chain written by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from moonwalk_compile.passes.analysis import Analysis
+from moonwalk_compile.passes.emit import Facts, Segment, Unreachable, emit, residue
+from moonwalk_compile.passes.graph import Ref
+from moonwalk_compile.passes.program import Builder, Program
+from moonwalk_compile.passes.verify import verify
+
+from .hand import Hand, Layer, analysis_of, chain, edge
+
+
+def labels(program: Program) -> list[str]:
+    return [str(instruction.operation.target) for instruction in program.instructions]
+
+
+def builder() -> Builder:
+    return Builder(Hand().graph([], []))
+
+
+def test_last_use_is_the_position_of_the_last_reader():
+    build = builder()
+    x = build.input(0)
+    build.emit(edge([1], [0], [4]))
+    build.emit(edge([2], [0, 1], [4]))
+    build.emit(edge([3], [2], [4]))
+    program = build.finish([Ref(build.environment[3]), 5, None])
+    slots = build.environment
+    assert program.last_use == {x: 1, slots[1]: 1, slots[2]: 2, slots[3]: 3}
+    assert program.outputs[1:] == (5, None)
+
+
+def test_an_output_that_is_read_as_well_lives_to_the_end():
+    build = builder()
+    build.input(0)
+    build.emit(edge([1], [0], [4]))
+    build.emit(edge([2], [1], [4]))
+    program = build.finish([Ref(build.environment[1])])
+    assert program.last_use[build.environment[1]] == 2
+    assert build.environment[2] not in program.last_use  # nobody reads it
+
+
+def test_a_tuple_and_its_items_have_slots_of_their_own():
+    build = builder()
+    build.input(0)
+    build.emit(edge([1, 2], [0], [4, 8], "split"))
+    program = build.finish([Ref(build.environment[1]), Ref(build.environment[2])])
+    assert labels(program) == ["split", "item", "item"]
+    whole, first, second = program.instructions
+    assert (whole.value, first.value, second.value) == (None, 1, 2)
+    assert (first.holds, second.holds) == ([(whole.slot, 0)], [(whole.slot, 1)])
+    assert program.last_use == {0: 0, whole.slot: 2, first.slot: 3, second.slot: 3}
+
+
+def test_a_forgotten_value_gets_a_second_slot():
+    build = builder()
+    build.input(0)
+    build.emit(edge([1], [0], [4]))
+    before = build.environment[1]
+    build.forget([1])
+    assert 1 not in build.environment
+    build.emit(edge([1], [0], [4]))
+    assert build.environment[1] != before
+
+
+def test_inputs_come_in_the_given_order_and_are_declared_even_when_unread():
+    build = builder()
+    build.input(7)
+    build.input(3)
+    program = build.finish([], order=[9, 3])
+    assert [value for _, value in program.inputs] == [9, 3, 7]
+    assert len({slot for slot, _ in program.inputs}) == 3
+
+
+def test_an_input_is_declared_once():
+    build = builder()
+    assert build.input(4) == build.input(4)
+
+
+def test_arguments_are_mapped_to_the_programs_slots():
+    build = builder()
+    build.input(0)
+    build.input(1)
+    build.emit(edge([2], [1, 0], [4]))
+    args, kwargs = build.instructions[0].arguments(lambda slot: f"slot {slot}")
+    assert (args, kwargs) == (("slot 1", "slot 0"), {})
+    assert build.instructions[0].reads == [1, 0]
+
+
+# -- the four strategies ---------------------------------------------------------------------------------------------
+
+
+def test_keep_runs_nothing_again():
+    analysis = chain([Layer()] * 2)
+    keeps = [Segment(i, i, "keep", frozenset(analysis.blocks[i].demanded)) for i in range(2)]
+    schedule = emit(Facts(analysis), keeps)
+    verify(analysis, schedule)
+    assert labels(schedule.forward) == ["mm", "act"] * 2
+    assert labels(schedule.backward) == ["act_backward", "mm", "mm"] * 2
+    assert set(schedule.kept) == {0, 1, 2} | {v for block in analysis.blocks for v in block.demanded}
+
+
+def test_checkpoint_runs_the_segment_again_just_before_use():
+    analysis = chain([Layer()] * 2)
+    schedule = emit(Facts(analysis), [Segment(0, 1, "checkpoint", frozenset())])
+    verify(analysis, schedule)
+    assert labels(schedule.backward) == ["mm", "act", "mm", "act_backward", "mm", "mm", "act_backward", "mm", "mm"]
+    assert set(schedule.kept) == {0, 1, 2}  # the step's own inputs
+
+
+def test_invert_solves_each_block_just_before_its_backward():
+    analysis = chain([Layer(inverse=True)] * 2)
+    keep = Segment(0, 0, "keep", frozenset(analysis.blocks[0].demanded))
+    schedule = emit(Facts(analysis), [keep, Segment(1, 1, "invert", frozenset())])
+    verify(analysis, schedule)
+    assert labels(schedule.backward)[:3] == ["inverse of act", "inverse of mm", "act_backward"]
+    border = analysis.blocks[0].live_out[0]
+    assert border not in schedule.kept and analysis.graph.output_values[0] in schedule.kept
+
+
+def test_moonwalk_walks_the_spine_down_and_the_sweep_up():
+    """The parameter gradients come in forward order; the cotangent of the border is solved a second time."""
+    analysis = chain([Layer(), Layer(vijp=True), Layer()])
+    facts = Facts(analysis)
+    spine = facts.spine(1)
+    middle = analysis.blocks[1]
+    kept = frozenset(middle.live_in) | frozenset(spine.residuals)
+    keeps = {i: Segment(i, i, "keep", frozenset(analysis.blocks[i].demanded)) for i in (0, 2)}
+    schedule = emit(facts, [keeps[0], Segment(1, 1, "moonwalk", kept), keeps[2]])
+    verify(analysis, schedule)
+    made = [instruction.value for instruction in schedule.backward.instructions if instruction.block == 1]
+    down, up = middle.cotangents_out[0], middle.cotangents_in[0]
+    assert "inverse" in labels(schedule.backward)
+    assert made.index(down) < made.index(up) < made.index(middle.gradients[0])
+
+
+def drawn_chain() -> tuple[Analysis, int]:
+    """A dropout written out; the value is the mask."""
+    hand = Hand()
+    x, w = hand.input("x", 4), hand.input("w", 1, "parameter")
+    tangent = hand.input("h", 4, "tangent")
+    mask = hand.call("bernoulli", [x], 4, random=True)
+    inner = hand.call("mm", [x, w], 4, expensive=True)
+    y = hand.call("mul", [inner, mask], 4)
+    hand.call("mul", [tangent, mask], 4, stage="backward")
+    gradient = hand.call("mm", [len(hand.values) - 1, x], 4, stage="backward", expensive=True)
+    return analysis_of(hand.graph([y], [gradient])), mask
+
+
+def test_what_was_drawn_cannot_be_had_again():
+    analysis, mask = drawn_chain()
+    assert len(analysis.blocks) == 1
+    with pytest.raises(Unreachable, match=analysis.graph.values[mask].name):
+        emit(Facts(analysis), [Segment(0, 0, "checkpoint", frozenset())])
+
+
+def test_what_was_drawn_is_kept():
+    analysis, mask = drawn_chain()
+    schedule = emit(Facts(analysis), [Segment(0, 0, "checkpoint", frozenset([mask]))])
+    verify(analysis, schedule)
+    assert mask in schedule.kept
+    assert "bernoulli" not in labels(schedule.backward)
+    assert residue(analysis, analysis.blocks[0]) == {mask}
+
+
+def test_an_overwritten_input_is_part_of_the_residue():
+    """Its value is gone when the backward pass runs."""
+    hand = Hand()
+    x, buffer, tangent = hand.input("x", 4), hand.input("b", 4, "buffer"), hand.input("h", 4, "tangent")
+    y = hand.call("mul", [x, buffer], 4, expensive=True)
+    gradient = hand.call("mul", [tangent, x], 4, stage="backward")
+    analysis = analysis_of(hand.graph([y], [gradient], mutated=[buffer]))
+    assert residue(analysis, analysis.blocks[0]) == {buffer}
+    assert buffer not in analysis.graph.static and x in analysis.graph.static
