@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -121,7 +122,8 @@ class Session:
         assert self.analysis is not None
         primals = {value: inputs[flat] for value, flat in self.positions.items() if isinstance(inputs[flat], Tensor)}
         unknown = len(primals) < len(self.analysis.graph.primals)
-        with disable_current_modes(), torch.no_grad():
+        kinds = {value.device.type for value in primals.values()} or {"cpu"}
+        with disable_current_modes(), torch.no_grad(), no_autocast(kinds):
             if unknown:
                 return {(s.strategy, i): Certificate(math.inf, math.inf) for s in segments for i in s.span}
             return Certifier(self.analysis, self.facts, primals).measure(segments, known)
@@ -164,6 +166,15 @@ class Session:
         self.forward, self.backward = self.lowerer.halves(planned.schedule, self.analysis.held)
         timelines = [half.timeline for half in (self.forward, self.backward) if half.timeline is not None]
         return max((timeline.peak for timeline in timelines), default=planned.peak)
+
+
+@contextlib.contextmanager
+def no_autocast(kinds: Iterable[str]) -> Iterator[None]:
+    """The captured graph holds its casts already."""
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def input_positions(joint: fx.GraphModule) -> dict[int, int]:

@@ -46,12 +46,13 @@ def test_growth_is_what_recovering_does_to_noise(factor: float) -> None:
     found = measured([scaling(block, factor) for block in (4, 3, 2)])
     assert [block for block, _ in found] == [4, 3, 2]
     for _, certificate in found:
-        assert certificate.growth == pytest.approx(factor, rel=0.02)
+        assert certificate.growth == pytest.approx(factor, rel=0.05)
         assert certificate.local < 1e-12
 
 
 def test_the_local_error_is_what_recovering_twice_shows():
-    ((_, certificate),) = measured([scaling(0, 1.0, inexact=1e-3)])
+    start = {0: torch.ones(SIZE, dtype=torch.float64)}
+    ((_, certificate),) = measure_chain([scaling(0, 1.0, inexact=1e-3)], start, start)
     assert certificate.local == pytest.approx(1e-3, rel=0.05)
     assert certificate.growth == pytest.approx(1.0, rel=0.01)
 
