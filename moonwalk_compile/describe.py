@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from .options import Options
 from .passes.analysis import Analysis
+from .passes.certificates import INVERTED
 from .passes.costs import segment_cost
 from .passes.emit import Segment as Choice
 from .passes.graph import Role, Value
 from .passes.liveness import Timeline
 from .passes.lower import Half
-from .passes.plan import INVERTED, Planned, Planner
+from .passes.plan import Planned, Planner
 from .report import Plan, Segment
 
 Halves = tuple[Half, Half]

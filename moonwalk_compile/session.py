@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, fx
 
 from .describe import describe
-from .errors import BudgetError
+from .errors import BudgetError, OptionError
 from .options import Options
 from .passes._torch_compat import FakeTensor, PlainAOTInput, disable_current_modes
 from .passes.analysis import Analysis, analyse
 from .passes.capture import read_joint
+from .passes.certificates import INVERTED, Certificate, chain_error
 from .passes.certify import Certifier
 from .passes.cost import Device
 from .passes.emit import Facts, Segment
 from .passes.graph import Role
 from .passes.lower import Half, Lowerer
-from .passes.plan import INVERTED, Certificate, Planned, Planner, chain_error
+from .passes.plan import NoPlan, Planned, Planner
 from .passes.rewrite import to_halves
 from .passes.verify import verify
 from .report import Plan
@@ -82,7 +83,14 @@ class Session:
         self.lowerer = Lowerer(self.analysis, joint, self.options.lowering)
         planner = Planner(self.facts, self.options.strategies, self.certificates, self.options.tolerance)
         plain = planner.plain()
-        planned = self._settle(planner, plain)
+        try:
+            planned = self._settle(planner, plain)
+        except NoPlan as error:
+            raise OptionError(
+                "The strategies cannot train this model",
+                f"some of its blocks cannot be treated by {error} alone",
+                'allow "checkpoint" or "keep" as well',
+            ) from None
         verify(self.analysis, planned.schedule)
         self.planned = planned
         halves = (self.forward, self.backward) if self.forward and self.backward else None
@@ -111,8 +119,7 @@ class Session:
             found = self.certify(inputs, open_segments)
             self.certificates = {**self.certificates, **found}
             planner.certify(found)
-        planner.strategies = tuple(name for name in planner.strategies if name not in INVERTED)
-        planner.certify({})
+        planner.forbid_inversion()
         return self._choose(planner, plain, less)
 
     def certify(

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .analysis import Analysis, Pack
+from .certificates import INVERTED, Certificate
 from .emit import Facts, Segment, random_residue
 from .graph import Edge
 from .interpret import run_edge
-from .plan import INVERTED, Certificate
 
 TIES = 1e-5  # the part of a tensor's elements that may lie exactly on a kink (x = 0 in |x|, a = b in max(a, b))
 PROBE = 1e-3  # relative size of the carried perturbation; 1e-2 to 1e-4 give the same growth

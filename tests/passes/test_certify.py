@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moonwalk_compile.passes.certify import TIES, State, _Link, measure_chain
 from moonwalk_compile.passes.emit import Segment
-from moonwalk_compile.passes.plan import Certificate, chain_error
+from moonwalk_compile.passes.certificates import Certificate, chain_error
 
 SIZE = 1000
 

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moonwalk_compile.passes.emit import Facts, Segment
-from moonwalk_compile.passes.plan import Certificate, Move, Planner, chain_error
+from moonwalk_compile.passes.certificates import Certificate, chain_error
+from moonwalk_compile.passes.moves import Move
+from moonwalk_compile.passes.plan import Planner
 from moonwalk_compile.passes.verify import verify
 
 from .hand import Layer, chain

@@ -1,0 +1,220 @@
+"""The moves of the planner: every segment that it may append, with what it costs.
+
+Segments of the same shape are emitted and simulated once; long runs of repeating blocks are extrapolated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from .certificates import INVERTED, TRUSTED, Certificate, Noise
+from .costs import Cost, segment_cost, signature
+from .emit import Facts, Segment, random_residue, residue
+from .keepsets import keep_sets
+
+PRICES = (16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.0)
+
+
+@dataclass(frozen=True)
+class Move:
+    """One candidate segment with its cost, and the gradient error that its certificates predict."""
+
+    segment: Segment
+    cost: Cost
+    error: float = 0.0
+
+
+class MoveMaker:
+    """Makes the moves of one step; `certificates` may be extended between calls."""
+
+    def __init__(self, facts: Facts, strategies: Sequence[str], tolerance: float) -> None:
+        self.facts, self.analysis = facts, facts.analysis
+        self.strategies, self.tolerance = tuple(strategies), tolerance
+        self.certificates: dict[tuple[str, int], Certificate] = {}
+        self.costs: dict[object, Cost | None] = {}
+        self.keep_positions: dict[int, list[tuple[int, ...]]] = {}
+        self.signatures = [signature(self.analysis, block) for block in self.analysis.blocks]
+        self.keys = number([key for key, _ in self.signatures])
+
+    def missing(self, strategy: str, index: int) -> tuple[int, ...]:
+        """The values that keep a block from being inverted."""
+        block = self.analysis.blocks[index]
+        if strategy == "invert":
+            return self.facts.inversion(index).missing
+        if not block.cotangents_out:
+            return block.cotangents_in or block.gradients
+        return self.facts.spine(index).missing or self.facts.sweep(index).missing
+
+    def ending_at(self, last: int) -> list[Move]:
+        """Every segment of an allowed strategy whose last block is `last`."""
+        moves = [*self._keep_moves(last), *self._checkpoint_moves(last), *self._chain_moves(last)]
+        return [move for move in moves if move.segment.strategy in self.strategies]
+
+    def plain(self, index: int) -> Segment:
+        """One block under plain backpropagation: all that its backward pass reads is kept."""
+        return Segment(index, index, "keep", self._keep_sets(index)[0] | self._masks(index))
+
+    def _translate(self, kept: Iterable[int], block: int) -> frozenset[int]:
+        return frozenset(self.signatures[block][1][position] for position in kept)
+
+    def _positions(self, kept: Iterable[int], block: int) -> tuple[int, ...]:
+        place = {value: position for position, value in enumerate(self.signatures[block][1])}
+        return tuple(place[value] for value in kept if value in place)
+
+    def _cost(self, name: object, segment: Segment) -> Cost | None:
+        """The cost of a segment; segments of the same shape (`name` and block kinds) are simulated once."""
+        kinds = tuple(self.keys[index] for index in segment.span)
+        if (name, kinds) not in self.costs:
+            period = _period(kinds)
+            if period is None:
+                self.costs[name, kinds] = segment_cost(self.facts, segment)
+            else:
+                self.costs[name, kinds] = self._extrapolated(name, segment, period)
+        return self.costs[name, kinds]
+
+    def _extrapolated(self, name: object, segment: Segment, period: int) -> Cost | None:
+        """A long run of repeating blocks costs what one period more adds to a shorter run."""
+        shorter, shortest = (replace(segment, first=segment.first + n * period) for n in (1, 2))
+        kept = segment.kept - frozenset(self.analysis.blocks[segment.first].live_in)
+        costs = [
+            self._cost(name, replace(s, kept=kept | frozenset(self.analysis.blocks[s.first].live_in)))
+            for s in (shorter, shortest)
+        ]
+        return None if costs[0] is None or costs[1] is None else _continued(costs[0], costs[1])
+
+    def _keep_moves(self, index: int) -> list[Move]:
+        block, moves = self.analysis.blocks[index], []
+        for position, kept in enumerate(self._keep_sets(index)):
+            for anchored in (False, True):
+                values = kept | frozenset(block.live_in if anchored else ()) | self._masks(index)
+                segment = Segment(index, index, "keep", values)
+                cost = self._cost(("keep", position, anchored), segment)
+                if cost is not None and (not anchored or cost.covers_in):
+                    moves.append(Move(segment, cost))
+        return moves
+
+    def _keep_sets(self, index: int) -> list[frozenset[int]]:
+        kind = self.keys[index]
+        if kind not in self.keep_positions:
+            block = self.analysis.blocks[index]
+            seconds = sum(edge.seconds for edge in block.forward) or 1e-9
+            scale = self.analysis.graph.storage_bytes(block.demanded) / seconds
+            sets = keep_sets(self.analysis, block, [price * scale for price in PRICES])
+            self.keep_positions[kind] = [self._positions(kept, index) for kept in sets]
+        return [self._translate(kept, index) for kept in self.keep_positions[kind]]
+
+    def _masks(self, index: int) -> frozenset[int]:
+        """Results of random operations: drawn once, so kept under every strategy (as bits where they are masks)."""
+        block = self.analysis.blocks[index]
+        edges = (edge for edge in (*block.forward, *block.late) if edge.random)
+        return frozenset(value for edge in edges for value in random_residue(self.analysis, edge))
+
+    def _checkpoint_moves(self, last: int) -> list[Move]:
+        longest = 2 * math.isqrt(len(self.analysis.blocks)) + 4
+        moves = []
+        for first in range(last, max(-1, last - longest), -1):
+            span = range(first, last + 1)
+            blocks = [self.analysis.blocks[index] for index in span]
+            kept = frozenset(blocks[0].live_in).union(*(residue(self.analysis, block) for block in blocks))
+            segment = Segment(first, last, "checkpoint", kept)
+            cost = self._cost("checkpoint", segment)
+            if cost is not None:
+                moves.append(Move(segment, cost))
+        return moves
+
+    def _chain_moves(self, last: int) -> list[Move]:
+        moves = []
+        for strategy in INVERTED:
+            if strategy in self.strategies:
+                moves += self._chain(strategy, last)
+        return moves
+
+    def _single(self, strategy: str, index: int) -> tuple[Segment, Cost] | None:
+        block = self.analysis.blocks[index]
+        kept = residue(self.analysis, block)
+        if strategy == "invert":
+            if not block.live_in or self.facts.inversion(index).missing:
+                return None
+        else:
+            if "invert" in self.strategies and not self.missing("invert", index):
+                return None  # keeps more and computes more than inverting the same block
+            if not block.cotangents_out or self.facts.spine(index).missing or self.facts.sweep(index).missing:
+                return None
+            kept |= frozenset(self.facts.spine(index).residuals) | frozenset(block.live_in)
+        segment = Segment(index, index, strategy, kept)
+        cost = self._cost(strategy, segment)
+        return None if cost is None else (segment, cost)
+
+    def _certificate(self, strategy: str, index: int) -> Certificate:
+        return self.certificates.get((strategy, index), TRUSTED)
+
+    def _chain(self, strategy: str, last: int) -> list[Move]:
+        """Segments of `strategy` that end at `last`, grown to the front while the predicted error allows."""
+        moves: list[Move] = []
+        whole: Cost | None = None
+        kept: frozenset[int] = frozenset()
+        noise = Noise(strategy)
+        for first in range(last, -1, -1):
+            single, certificate = self._single(strategy, first), self._certificate(strategy, first)
+            if single is None or noise.grown(certificate).error > self.tolerance:
+                break
+            noise = noise.grown(certificate)
+            inner = kept - frozenset(self.analysis.blocks[first + 1].live_in) if whole else kept
+            kept = inner | single[0].kept
+            whole = single[1] if whole is None else _joined(strategy, single[1], whole)
+            moves.append(Move(Segment(first, last, strategy, kept), whole, noise.error))
+        return moves
+
+
+def number(keys: Sequence[object]) -> list[int]:
+    """Equal keys get equal numbers, in order of first appearance."""
+    numbers: dict[object, int] = {}
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
+def _period(kinds: Sequence[int]) -> int | None:
+    """The period of a sequence that repeats at least four times, if it is 4 or less."""
+    for period in range(1, 5):
+        if len(kinds) >= 4 * period and all(a == b for a, b in zip(kinds, kinds[period:], strict=False)):
+            return period
+    return None
+
+
+def _continued(last: Cost, before: Cost) -> Cost:
+    """The next member of a sequence of costs that grows by the same amount each time."""
+    return Cost(
+        own=2 * last.own - before.own,
+        border_in=last.border_in,
+        covers_in=last.covers_in,
+        covers_out=last.covers_out,
+        forward_peak=2 * last.forward_peak - before.forward_peak,
+        backward_peak=2 * last.backward_peak - before.backward_peak,
+        seconds=2 * last.seconds - before.seconds,
+    )
+
+
+def _joined(strategy: str, front: Cost, back: Cost) -> Cost:
+    """The cost of a chain from that of its first block and that of the rest."""
+    if strategy == "invert":
+        return Cost(
+            own=front.own + front.border_in + back.own + back.border_in,
+            border_in=0,
+            covers_in=False,
+            covers_out=False,
+            forward_peak=max(front.forward_peak, back.forward_peak + front.kept),
+            backward_peak=max(front.backward_peak, back.backward_peak + front.kept),
+            seconds=front.seconds + back.seconds,
+        )
+    residuals = back.own
+    working = max(front.backward_peak - front.kept, back.backward_peak - back.kept)
+    return Cost(
+        own=front.own + residuals,
+        border_in=front.border_in,
+        covers_in=front.covers_in,
+        covers_out=False,
+        forward_peak=max(front.forward_peak, back.forward_peak - back.border_in + front.kept),
+        backward_peak=front.kept + residuals + working,
+        seconds=front.seconds + back.seconds,
+    )
