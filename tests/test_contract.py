@@ -288,7 +288,7 @@ def test_an_unknown_option_names_the_nearest():
     with pytest.raises(TypeError, match="buget"):
         moonwalk_compile(chain(), buget="60%")
     compiled = torch.compile(chain(), backend=partial(moonwalk, options={"buget": "60%"}))
-    with pytest.raises(Exception, match='no option \'buget\'; did you mean "budget"') as caught:
+    with pytest.raises(Exception, match="no option 'buget'; did you mean \"budget\"") as caught:
         compiled(torch.randn(4, 8))
     assert isinstance(getattr(caught.value, "inner_exception", caught.value), OptionError)
 

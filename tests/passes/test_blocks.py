@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from moonwalk_compile.passes.blocks import Block, find_blocks
 from moonwalk_compile.passes.graph import Graph
 
@@ -17,7 +19,7 @@ def assert_a_partition(graph: Graph, blocks: tuple[Block, ...]) -> None:
     for stage in ("forward", "late", "backward"):
         placed = [edge.gives for block in blocks for edge in getattr(block, stage)]
         assert sorted(placed) == sorted(edge.gives for edge in graph.stage_edges(stage))
-    assert all(a.live_out == b.live_in for a, b in zip(blocks, blocks[1:], strict=False))
+    assert all(a.live_out == b.live_in for a, b in pairwise(blocks))
 
 
 def test_a_single_stream_is_cut_at_every_layer():
@@ -32,7 +34,7 @@ def test_cotangents_and_gradients_of_a_chain():
     blocks = chain([Layer()] * 3).blocks
     assert [len(block.gradients) for block in blocks] == [2, 1, 1]  # the first also gives the input's
     assert blocks[2].cotangents_in == (4,)  # the tangent
-    for before, after in zip(blocks, blocks[1:], strict=False):
+    for before, after in pairwise(blocks):
         assert before.cotangents_in == after.cotangents_out
     assert blocks[0].cotangents_out == ()
 
@@ -123,9 +125,7 @@ def test_the_sum_of_a_fan_out_goes_where_its_last_summand_is():
     skip = hand.call("mul", [tangent, w], 4, stage="backward", sequence=5)
     cotangents = [tangent]
     for sequence in (4, 3, 2, 1):
-        cotangents.append(
-            hand.call("mm", [cotangents[-1], w], 4, stage="backward", expensive=True, sequence=sequence)
-        )
+        cotangents.append(hand.call("mm", [cotangents[-1], w], 4, stage="backward", expensive=True, sequence=sequence))
     total = hand.call("add", [cotangents[-1], skip], 4, stage="backward", sequence=5)
     entry = hand.call("mm", [total, w], 4, stage="backward", expensive=True, sequence=0)
     graph = hand.graph([last], [entry])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from moonwalk_compile.passes.certificates import Certificate, chain_error
 from moonwalk_compile.passes.certify import TIES, State, _Link, measure_chain
 from moonwalk_compile.passes.emit import Segment
-from moonwalk_compile.passes.certificates import Certificate, chain_error
 
 SIZE = 1000
 

@@ -49,18 +49,14 @@ def test_without_the_view_the_base_would_have_died():
 def test_items_of_a_tuple_die_one_by_one():
     whole = step(1, (0,), (10, 20), holds=((-1, 0), (-1, 1)))
     first, second = step(2, (1,), holds=((0, 0),)), step(3, (1,), holds=((0, 1),))
-    found = simulate(
-        program([0], [whole, first, second, step(4, (2,), (1,)), step(5, (3, 4), (2,))], [5]), {0: (0, 0)}
-    )
+    found = simulate(program([0], [whole, first, second, step(4, (2,), (1,)), step(5, (3, 4), (2,))], [5]), {0: (0, 0)})
     assert found.during == (30, 30, 30, 31, 23)
     assert found.final == 2
 
 
 def test_an_item_that_nobody_reads_dies_with_the_tuple():
     whole = step(1, (0,), (10, 20), holds=((-1, 0), (-1, 1)))
-    found = simulate(
-        program([0], [whole, step(2, (1,), holds=((0, 1),)), step(3, (2,), (1,))], [3]), {0: (0, 0)}
-    )
+    found = simulate(program([0], [whole, step(2, (1,), holds=((0, 1),)), step(3, (2,), (1,))], [3]), {0: (0, 0)})
     assert found.during == (30, 30, 21)
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moonwalk_compile.passes.emit import Facts, Segment
 from moonwalk_compile.passes.certificates import Certificate, chain_error
+from moonwalk_compile.passes.emit import Facts, Segment
 from moonwalk_compile.passes.moves import Move
 from moonwalk_compile.passes.plan import Planner
 from moonwalk_compile.passes.verify import verify
@@ -43,7 +43,7 @@ def segmentations(planner: Planner, last: int) -> Iterator[list[Move]]:
     if last < 0:
         yield []
         return
-    for move in planner.tables[last].moves:
+    for move in planner.moves[last]:
         for before in segmentations(planner, move.segment.first - 1):
             yield [*before, move]
 
@@ -94,8 +94,8 @@ def test_the_moves_are_all_that_is_possible(drawn: list[Layer]) -> None:
     planner = planner_of(drawn)
     spans = [(first, last) for last in range(len(drawn)) for first in range(last + 1)]
     found: dict[str, set[tuple[int, int]]] = {}
-    for table in planner.tables:
-        for move in table.moves:
+    for moves in planner.moves:
+        for move in moves:
             found.setdefault(move.segment.strategy, set()).add((move.segment.first, move.segment.last))
     assert found["checkpoint"] == set(spans)
     assert found["keep"] == {(index, index) for index in range(len(drawn))}
@@ -177,7 +177,7 @@ def test_a_chain_ends_before_its_error_passes_the_tolerance():
     noise = certified(8, Certificate(1e-6, 2.0))
     planner = planner_of([Layer(inverse=True)] * 8, certificates=noise, tolerance=1e-5)
     longest = max(
-        (move.segment for table in planner.tables for move in table.moves if move.segment.strategy == "invert"),
+        (move.segment for moves in planner.moves for move in moves if move.segment.strategy == "invert"),
         key=lambda segment: len(segment.span),
     )
     assert len(longest.span) == 4
@@ -197,4 +197,4 @@ def test_no_certificate_no_error():
 def test_a_bad_certificate_forbids_inversion():
     planner = planner_of([Layer(inverse=True)] * 3, tolerance=1e-4)
     planner.certify(certified(3, Certificate(math.inf, math.inf)))
-    assert not [move for table in planner.tables for move in table.moves if move.segment.strategy == "invert"]
+    assert not [move for moves in planner.moves for move in moves if move.segment.strategy == "invert"]

@@ -58,7 +58,12 @@ def test_a_known_value_that_nobody_reads_is_not_missing():
 
 
 def test_a_diamond_is_walked_once():
-    edges = [way([1], [0], label="root"), way([2], [1], label="l"), way([3], [1], label="r"), way([4], [2, 3], label="j")]
+    edges = [
+        way([1], [0], label="root"),
+        way([2], [1], label="l"),
+        way([3], [1], label="r"),
+        way([4], [2, 3], label="j"),
+    ]
     solution = solve(edges, [0], [4])
     assert sorted(labels(solution, [4])) == ["j", "l", "r", "root"]
     assert_in_order(solution, [4])

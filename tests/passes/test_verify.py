@@ -95,7 +95,9 @@ def test_a_random_or_mutating_operation_that_runs_twice(kind: str) -> None:
     x_slot = next(slot for slot, value in backward.inputs if value == x)
     again = replace(again, slot=1000, slots=(x_slot,))
     spoilt = replace(backward, instructions=(again, *backward.instructions))
-    rejects(analysis, replace(schedule, backward=spoilt), "bernoulli is random or mutating and is emitted 2 times, not 1")
+    rejects(
+        analysis, replace(schedule, backward=spoilt), "bernoulli is random or mutating and is emitted 2 times, not 1"
+    )
 
 
 def test_a_block_is_covered_by_its_certificate() -> None:
