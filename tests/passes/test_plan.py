@@ -152,8 +152,8 @@ def test_the_smallest_plan_is_no_larger_than_plain(drawn: list[Layer]) -> None:
 @pytest.mark.parametrize("strategies", [("keep",), ("checkpoint",), ("invert", "keep"), ("checkpoint", "moonwalk")])
 def test_only_the_strategies_asked_for_are_used(strategies: tuple[str, ...]) -> None:
     planner = planner_of([Layer(inverse=i % 2 == 0, vijp=True) for i in range(6)], strategies=strategies)
-    for table in planner.tables:
-        assert {move.segment.strategy for move in table.moves} <= set(strategies)
+    for moves in planner.moves:
+        assert {move.segment.strategy for move in moves} <= set(strategies)
     assert {segment.strategy for segment in planner.smallest().segments} <= set(strategies)
 
 
