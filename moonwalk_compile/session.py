@@ -26,7 +26,7 @@ from .passes.graph import Role
 from .passes.lower import Half, Lowerer
 from .passes.plan import NoPlan, Planned, Planner
 from .passes.rewrite import to_halves
-from .passes.verify import verify
+from .passes.verify import verify, verify_certified
 from .report import Plan
 
 Certificates = dict[tuple[str, int], Certificate]
@@ -61,6 +61,7 @@ class Session:
     backward: Half | None = None
     analysis: Analysis | None = None
     planned: Planned | None = None
+    lowering_s: float = 0.0
     cornered: bool = False  # the budget left only the smallest plan
     facts: Facts = field(init=False)
     lowerer: Lowerer = field(init=False)
@@ -91,11 +92,10 @@ class Session:
                 f"some of its blocks cannot be treated by {error} alone",
                 'allow "checkpoint" or "keep" as well',
             ) from None
-        verify(self.analysis, planned.schedule)
         self.planned = planned
         halves = (self.forward, self.backward) if self.forward and self.backward else None
         self.plan = describe(self.analysis, planner, planned, plain, self.options, halves)
-        self.plan = replace(self.plan, planning_s=time.perf_counter() - started)
+        self.plan = replace(self.plan, planning_s=time.perf_counter() - started - self.lowering_s)
         return to_halves(self.analysis, planned.schedule, joint)
 
     def compile_forward(self, module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
@@ -151,6 +151,10 @@ class Session:
         less, peak = 0, 0
         for attempt in range(rounds):
             planned = self._certified(planner, plain, less if attempt < rounds - 1 else int(limit))
+            assert self.analysis is not None
+            verify(self.analysis, planned.schedule)
+            if self.example_inputs and is_real(self.example_inputs):
+                verify_certified(planned.segments, planner.certificates)
             peak = self._lower(planned) if self.lower else planned.peak
             if peak <= limit:
                 return planned
@@ -170,7 +174,9 @@ class Session:
     def _lower(self, planned: Planned) -> int:
         """Compile both halves; return the peak of what was generated (of the simulation where that is what runs)."""
         assert self.analysis is not None
+        started = time.perf_counter()
         self.forward, self.backward = self.lowerer.halves(planned.schedule, self.analysis.held)
+        self.lowering_s += time.perf_counter() - started
         timelines = [half.timeline for half in (self.forward, self.backward) if half.timeline is not None]
         return max((timeline.peak for timeline in timelines), default=planned.peak)
 

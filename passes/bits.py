@@ -24,6 +24,8 @@ _GATHER = 0x0102040810204080  # times a word of eight 0/1 bytes: the top byte is
 def _pack(mask: Tensor) -> Tensor:
     """Eight elements at a time, in the words of an int64 view."""
     flat = mask.reshape(-1)
+    if flat.storage_offset() % 8:  # a piece of a larger mask
+        flat = flat.clone()
     if flat.numel() % 8:
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
     return ((flat.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)

@@ -41,7 +41,7 @@ def group_by_block(program: Program) -> list[list[Instruction]]:
 
 
 def cut_pieces(analysis: Analysis, program: Program, groups: Sequence[Sequence[Instruction]]) -> list[Piece]:
-    """The pieces in order. Views of arguments are made anew in each piece that reads them, not handed over."""
+    """The pieces in order; what a later piece or the result reads is handed over."""
     value_of = dict(program.inputs)
     value_of |= {i.slot: i.value for group in groups for i in group if i.value is not None}
     last_group: dict[int, int] = {}

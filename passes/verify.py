@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from .analysis import Analysis
+from .certificates import INVERTED
 from .emit import Schedule, Segment
 from .graph import refs_in
 from .program import Program
@@ -60,18 +61,20 @@ def _once(analysis: Analysis, schedule: Schedule) -> None:
         for instruction in program.instructions
         if instruction.operation.target in single
     )
-    for target, count in found.items():
+    effects = {str(edge.operations[0].target) for edge in analysis.graph.edges if edge.effect}
+    for target in expected:
+        count = found[target]
         if count > expected[target]:
             raise VerificationError(
                 f"{target} is random or mutating and is emitted {count} times, not {expected[target]}"
             )
+        if target in effects and count < expected[target]:
+            raise VerificationError(f"{target} is a mutation and is emitted {count} times, not {expected[target]}")
 
 
-def covered(segments: Sequence[Segment], certified: set[tuple[str, int]]) -> bool:
-    """Whether every inverted block has a certificate."""
-    return all(
-        (segment.strategy, block) in certified
-        for segment in segments
-        if segment.strategy in ("invert", "moonwalk")
-        for block in segment.span
-    )
+def verify_certified(segments: Sequence[Segment], certified: Container[tuple[str, int]]) -> None:
+    """Raise unless every inverted block has a certificate."""
+    for segment in segments:
+        for block in segment.span:
+            if segment.strategy in INVERTED and (segment.strategy, block) not in certified:
+                raise VerificationError(f"block {block} is inverted ({segment.strategy}) without a certificate")

@@ -735,17 +735,11 @@ def test_inductor_draws_one_mask():
     assert x.grad.equal((y.detach() / x.detach()).round()) and 0.3 < (y == 0).float().mean() < 0.7
 
 
-def inductor_pairs() -> Iterator[Any]:
-    unmet = "the smallest peak that BudgetError names is simulated: Inductor's code for it needs more, and is refused"
-    cases = ("transformer", "convolutions", "structured", "orthogonal chain", "couplings")
-    for case, plan in itertools.product(cases, PLANS):
-        fails = (case, plan) in (("transformer", "budget"), ("orthogonal chain", "budget"))
-        known = pytest.mark.xfail(raises=BudgetError, reason=unmet, strict=True)
-        yield pytest.param(case, plan, marks=known if fails else ())
+INDUCTOR_CASES = ("transformer", "convolutions", "structured", "orthogonal chain", "couplings")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "plan"), list(inductor_pairs()))
+@pytest.mark.parametrize(("case", "plan"), list(itertools.product(INDUCTOR_CASES, PLANS)))
 def test_inductor(case: str, plan: str):
     model, arguments = CASES[case]() if case != "transformer" else (transformer(), (floats(2, 5, 8, grad=True),))
     check(model, arguments, PLANS[plan], lowering="inductor")

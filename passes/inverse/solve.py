@@ -65,7 +65,7 @@ def solve(edges: Iterable[Edge], known: Iterable[int], wanted: Iterable[int]) ->
     reached: set[int] = set()
     while heap:
         weight, position, value = heapq.heappop(heap)
-        if value in reached:
+        if value in reached or (value in start and position >= 0):
             continue
         reached.add(value)
         if position >= 0:

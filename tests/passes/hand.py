@@ -122,6 +122,7 @@ class Layer:
     """One block of a chain: an expensive operation to `inner` bytes, then a cheap one to `outer` bytes.
 
     With `inverse` its input can be solved from its output, with `vijp` its output cotangent from its input cotangent.
+    With `result` its backward pass reads the outer value in place of the inner one.
     """
 
     inner: int = 8
@@ -129,6 +130,7 @@ class Layer:
     seconds: float = 5.0
     inverse: bool = False
     vijp: bool = False
+    result: bool = False
 
 
 def chain(layers: Sequence[Layer], source: int = 4, weight: int = 2) -> Analysis:
@@ -145,8 +147,9 @@ def chain(layers: Sequence[Layer], source: int = 4, weight: int = 2) -> Analysis
         value = outer
     cotangent, gradients, spine = tangent, [0] * len(layers), []
     for i in reversed(range(len(layers))):
-        before, inner, _ = reads[i]
-        middle = hand.call("act_backward", [cotangent, inner], layers[i].inner, stage="backward", sequence=2 * i + 1)
+        before, inner, outer = reads[i]
+        read = outer if layers[i].result else inner
+        middle = hand.call("act_backward", [cotangent, read], layers[i].inner, stage="backward", sequence=2 * i + 1)
         gradients[i] = hand.call("mm", [middle, before], weight, stage="backward", seconds=layers[i].seconds,
                                  expensive=True, sequence=2 * i)  # fmt: skip
         size = hand.values[before].bytes

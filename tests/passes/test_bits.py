@@ -70,3 +70,9 @@ def test_fakes_agree_with_the_real_ones(shape: tuple[int, ...]) -> None:
     unpacked = unpack_two(on_meta, list(shape), 1.0, -1.0, torch.float16)
     assert (unpacked.shape, unpacked.dtype) == (torch.Size(shape), torch.float16)
     assert strict_sign(torch.ones(shape, device="meta")).shape == shape
+
+
+@pytest.mark.parametrize("start", [1, 3, 8])
+def test_a_piece_of_a_larger_mask_is_packed(start: int) -> None:
+    mask = drawn([40], 0)[start:]
+    assert torch.equal(unpack_two(pack_bits(mask), list(mask.shape), 1, 0, torch.bool), mask)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
+
 from moonwalk_compile.passes.blocks import Block, find_blocks
 from moonwalk_compile.passes.graph import Graph
 
@@ -113,8 +115,9 @@ def test_a_long_skip_is_alive_at_every_border_it_crosses():
     assert [skip in block.live_in for block in blocks] == [producer < block.index <= reader for block in blocks]
 
 
-def test_the_sum_of_a_fan_out_goes_where_its_last_summand_is():
-    """The first block's result is also added at the end; the sum of its two cotangents carries that add's sequence."""
+@pytest.mark.parametrize("wrong", [0, 5])
+def test_the_sum_of_a_fan_out_goes_where_its_last_summand_is(wrong: int) -> None:
+    """The first block's result is also added at the end; the sum of its two cotangents carries a wrong sequence."""
     hand = Hand()
     x, w = hand.input("x", 4), hand.input("w", 1, "parameter")
     tangent = hand.input("h", 4, "tangent")
@@ -126,7 +129,7 @@ def test_the_sum_of_a_fan_out_goes_where_its_last_summand_is():
     cotangents = [tangent]
     for sequence in (4, 3, 2, 1):
         cotangents.append(hand.call("mm", [cotangents[-1], w], 4, stage="backward", expensive=True, sequence=sequence))
-    total = hand.call("add", [cotangents[-1], skip], 4, stage="backward", sequence=5)
+    total = hand.call("add", [cotangents[-1], skip], 4, stage="backward", sequence=wrong)
     entry = hand.call("mm", [total, w], 4, stage="backward", expensive=True, sequence=0)
     graph = hand.graph([last], [entry])
     blocks = find_blocks(graph)
@@ -134,7 +137,7 @@ def test_the_sum_of_a_fan_out_goes_where_its_last_summand_is():
     home = {edge.gives[0]: block.index for block in blocks for edge in block.backward}
     assert forward_labels(blocks) == [["mm"], ["mm", "mm"], ["mm"], ["mm", "add"]]
     assert [home[value] for value in cotangents[1:]] == [3, 2, 1, 1]
-    assert (home[skip], home[total], home[entry]) == (3, 1, 0)  # not 3, where the sequence of the sum points
+    assert (home[skip], home[total], home[entry]) == (3, 1, 0)  # not 0 or 3, where the sequence of the sum points
     assert skip in blocks[2].cotangents_in and total in blocks[1].cotangents_out
 
 

@@ -112,6 +112,7 @@ def test_one_block_adds_its_local_error():
 
 def test_inversion_carries_noise_from_the_last_block_to_the_first():
     assert error("invert", (0.0, 5.0), (2e-6, 1.0)) == pytest.approx(1e-5)
+    assert error("invert", (0.0, 3.0), (0.0, 5.0), (2e-6, 1.0)) == pytest.approx(3e-5)
     assert error("invert", (2e-6, 5.0), (0.0, 1.0)) == pytest.approx(2e-6)
     assert error("invert", (3e-6, 2.0), (2e-6, 7.0)) == pytest.approx(5e-6)  # hypot(2 * 2, 3)
 
@@ -119,6 +120,7 @@ def test_inversion_carries_noise_from_the_last_block_to_the_first():
 def test_moonwalk_carries_noise_from_the_first_block_to_the_last():
     assert error("moonwalk", (2e-6, 1.0), (0.0, 5.0)) == pytest.approx(1e-5)
     assert error("moonwalk", (0.0, 1.0), (2e-6, 5.0)) == pytest.approx(2e-6)
+    assert error("moonwalk", (2e-6, 1.0), (0.0, 5.0), (0.0, 3.0)) == pytest.approx(3e-5)
     assert error("moonwalk", (2e-6, 7.0), (3e-6, 2.0)) == pytest.approx(5e-6)
 
 

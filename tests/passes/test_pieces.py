@@ -80,14 +80,14 @@ def test_pieces_hand_over_what_later_ones_read():
     assert made.issuperset(ref.slot for ref in program.outputs)
 
 
-def test_arguments_die_in_the_last_piece_that_reads_them():
-    _, _, backward, pieces = pieces_of(chain([Layer()] * 3))
-    outputs = {ref.slot for ref in backward.outputs}
-    dead: set[int] = set()
-    for piece in pieces:
-        assert not dead & set(piece.arguments)
+def test_arguments_die_in_the_last_piece_that_reads_them() -> None:
+    """A checkpoint: what is recomputed in the first pieces is read again in the last ones."""
+    analysis = chain([Layer()] * 3)
+    program = emit(Facts(analysis), [Segment(0, 2, "checkpoint", frozenset())]).backward
+    pieces = cut_pieces(analysis, program, group_by_block(program))
+    outputs = {ref.slot for ref in program.outputs}
+    last = {slot: position for position, piece in enumerate(pieces) for slot in piece.arguments}
+    assert any(slot in pieces[0].arguments and position > 0 for slot, position in last.items())
+    for position, piece in enumerate(pieces):
         dying = {piece.arguments[place] for place in piece.dying}
-        assert not dying & outputs
-        dead |= dying
-    read = {slot for piece in pieces for slot in piece.arguments}
-    assert dead == read - outputs
+        assert dying == {slot for slot in piece.arguments if last[slot] == position} - outputs

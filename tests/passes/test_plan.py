@@ -26,7 +26,8 @@ def layers_drawn(draw: st.DrawFn) -> Layer:
     """No wider at its end than inside, so that the cuts fall between layers."""
     outer = draw(sizes)
     inner = outer + draw(st.integers(0, 30))
-    return Layer(inner, outer, draw(st.integers(1, 20)), draw(st.booleans()), draw(st.booleans()))
+    inverse, vijp, result = (draw(st.booleans()) for _ in range(3))
+    return Layer(inner, outer, draw(st.integers(1, 20)), inverse, vijp, result)
 
 
 layers = layers_drawn()
