@@ -53,23 +53,18 @@ def _complete(analysis: Analysis, schedule: Schedule) -> None:
 
 
 def _once(analysis: Analysis, schedule: Schedule) -> None:
-    single = {edge.operations[0].target: edge.label for edge in analysis.graph.edges if edge.random or edge.effect}
-    expected = Counter(str(edge.operations[0].target) for edge in analysis.graph.edges if edge.random or edge.effect)
     found = Counter(
-        str(instruction.operation.target)
+        id(instruction.operation)
         for program in (schedule.forward, schedule.backward)
         for instruction in program.instructions
-        if instruction.operation.target in single
     )
-    effects = {str(edge.operations[0].target) for edge in analysis.graph.edges if edge.effect}
-    for target in expected:
-        count = found[target]
-        if count > expected[target]:
-            raise VerificationError(
-                f"{target} is random or mutating and is emitted {count} times, not {expected[target]}"
-            )
-        if target in effects and count < expected[target]:
-            raise VerificationError(f"{target} is a mutation and is emitted {count} times, not {expected[target]}")
+    for edge in analysis.graph.edges:
+        operation = edge.operations[0]
+        count = found[id(operation)]
+        if (edge.random or edge.effect) and count > 1:
+            raise VerificationError(f"{operation.target} is random or mutating and is emitted {count} times, not 1")
+        if edge.effect and count < 1:
+            raise VerificationError(f"{operation.target} is a mutation and is never emitted")
 
 
 def verify_certified(segments: Sequence[Segment], certified: Container[tuple[str, int]]) -> None:
