@@ -36,7 +36,9 @@ class Noise:
         return self.worst
 
     def grown(self, block: Certificate) -> Noise:
-        """Prepend a block to the chain."""
+        """Prepend a block to the chain. What is not a number is not trusted."""
+        if not (math.isfinite(block.local) and math.isfinite(block.growth) and math.isfinite(self.total)):
+            return replace(self, total=math.inf, worst=math.inf)
         if self.strategy == "invert":
             carried = math.hypot(self.total * block.growth, block.local)
             return replace(self, total=carried, worst=max(self.worst, carried))

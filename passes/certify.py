@@ -119,8 +119,9 @@ def measure_chain(
             local = _local_error(link, reached, moved, state)
         else:
             local = earlier.local * max(1.0, growth / max(earlier.growth, 1e-6))
-        finite = all(bool(torch.isfinite(tensor).all()) for tensor in reached.values())
-        yield link.block, Certificate(local, growth) if finite else Certificate(math.inf, math.inf)
+        sound = math.isfinite(local) and math.isfinite(growth) and after > 0  # zero: the signal itself has underflowed
+        sound = sound and all(bool(torch.isfinite(tensor).all()) for tensor in reached.values())
+        yield link.block, Certificate(local, growth) if sound else Certificate(math.inf, math.inf)
         state, probe, before = reached, _rescaled(reached, moved, link.noisy, after), _bounded(after)
 
 

@@ -139,3 +139,9 @@ def test_noise_that_dies_out_is_remembered_at_its_worst(strategy: str) -> None:
 def test_a_missing_certificate_means_no_bound(strategy: str) -> None:
     segment = Segment(0, 1, strategy, frozenset())
     assert chain_error(segment, {(strategy, 0): Certificate(0.0, 1.0)}) == math.inf
+
+
+@pytest.mark.parametrize("strategy", ["invert", "moonwalk"])
+def test_what_is_not_a_number_is_not_trusted(strategy: str) -> None:
+    certificates = {(strategy, 0): Certificate(1e-7, 1.0), (strategy, 1): Certificate(math.nan, 1.0)}
+    assert chain_error(Segment(0, 1, strategy, frozenset()), certificates) == math.inf
