@@ -22,6 +22,7 @@ from .graph import Edge
 from .interpret import run_edge
 
 TIES = 1e-5  # the part of a tensor's elements that may lie exactly on a kink (x = 0 in |x|, a = b in max(a, b))
+DROWNED = 1e-2  # relative noise beyond which recovered values say nothing of the true ones
 MOST_GROWTH = 1.2  # of a block of a moonwalk chain
 PROBE = 1e-3  # relative size of the carried perturbation; 1e-2 to 1e-4 give the same growth
 
@@ -106,11 +107,12 @@ def measure_chain(
 ) -> Iterator[tuple[int, Certificate]]:
     """Walk a chain with a probe. `carried` are the values (of `start`) that the probe perturbs.
 
+    Ends early where the noise of the chain itself drowns the values that it recovers.
     With `known` certificates only the growth is measured anew; local errors are taken to grow along with it.
     """
     generator = torch.Generator().manual_seed(0)
     state, probe = start, {**start, **_perturbed(carried, generator)}
-    before = _distance(carried, probe, carried)
+    before, noise = _distance(carried, probe, carried), 0.0
     for link in links:
         reached, moved = link.recover(state), link.recover(probe)
         after = _distance(reached, moved, link.noisy)
@@ -123,6 +125,9 @@ def measure_chain(
         sound = math.isfinite(local) and math.isfinite(growth) and after > 0  # zero: the signal itself has underflowed
         sound = sound and all(bool(torch.isfinite(tensor).all()) for tensor in reached.values())
         yield link.block, Certificate(local, growth) if sound else Certificate(math.inf, math.inf)
+        noise = math.hypot(noise * growth, local)
+        if not noise < DROWNED:
+            return  # what follows would be measured on noise that looks stable; it stays without a certificate
         state, probe, before = reached, _rescaled(reached, moved, link.noisy, after), _bounded(after)
 
 
