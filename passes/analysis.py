@@ -19,7 +19,6 @@ from .inverse.rule import Packing
 from .trace import storage_bytes, trace_operations
 
 STRICT_SIGN = "strict sign"
-UNTRUSTED = ("inverse of leaky_relu_backward",)  # in deep chains its noise outruns the certificates
 
 
 @dataclass(frozen=True)
@@ -255,10 +254,7 @@ def analyse(capture: Capture, device: Device) -> Analysis:
         blocks,
         packs,
         inverse=tuple(tuple(e for e in home if e.kind == "inverse" and e.stage == "forward") for home in homes),
-        vijp=tuple(
-            tuple(e for e in home if e.kind == "inverse" and e.stage == "backward" and e.label not in UNTRUSTED)
-            for home in homes
-        ),
+        vijp=tuple(tuple(e for e in home if e.kind == "inverse" and e.stage == "backward") for home in homes),
         shortcuts=tuple(
             tuple(e for e in home if e.kind != "inverse") + tuple(read)
             for home, (_, read) in zip(homes, signs, strict=True)

@@ -17,13 +17,7 @@ from torch.nn import functional as F
 from moonwalk_compile import BudgetError, CaptureError, OptionError, moonwalk, moonwalk_compile
 from moonwalk_compile.measure import gradient_error, gradients, measure_step
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 eager = partial(moonwalk_compile, lowering="eager")

@@ -145,3 +145,11 @@ def test_a_missing_certificate_means_no_bound(strategy: str) -> None:
 def test_what_is_not_a_number_is_not_trusted(strategy: str) -> None:
     certificates = {(strategy, 0): Certificate(1e-7, 1.0), (strategy, 1): Certificate(math.nan, 1.0)}
     assert chain_error(Segment(0, 1, strategy, frozenset()), certificates) == math.inf
+
+
+def test_nothing_is_certified_behind_the_point_where_noise_drowns_the_values():
+    """There, growth would be measured on noise, which looks stable, and the next plan would trust it."""
+    start = {0: torch.ones(SIZE, dtype=torch.float64)}
+    drowning = [scaling(block, 1.0, inexact=4e-3) for block in range(9, -1, -1)]
+    found = [block for block, _ in measure_chain(drowning, start, start)]
+    assert found == [9, 8, 7, 6, 5, 4, 3]  # the seventh time, 4e-3 has added up to more than 1e-2
