@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .analysis import Analysis, Pack
 from .certificates import INVERTED, Certificate
-from .emit import Facts, Segment, random_residue
+from .emit import Facts, Segment, drawn
 from .graph import Edge
 from .interpret import run_edge
 
@@ -197,7 +197,7 @@ class Certifier:
         for block in self.analysis.blocks:
             edges = [*block.forward, *block.late]
             extra = wanted.get(block.index, set())
-            masks = {v for edge in edges if edge.random for v in random_residue(self.analysis, edge)}
+            masks = drawn(self.analysis, block)
             codecs = [p.encode for p in self._packs(block.index) if p.kept in extra]
             wanted_here = {*block.live_out, *extra, *masks}
             reached = self.values.run(_ancestors([*edges, *codecs], wanted_here), state, wanted_here)

@@ -53,9 +53,14 @@ def block_solution(analysis: Analysis, block: Block, kept: Iterable[int] = ()) -
 
 def residue(analysis: Analysis, block: Block) -> frozenset[int]:
     """What a block keeps under every strategy that computes it again: what was drawn, and inputs overwritten since."""
-    drawn = {v for edge in (*block.forward, *block.late) if edge.random for v in random_residue(analysis, edge)}
     overwritten = {v for edge in analysis.recover(block) for v in edge.needs if v in analysis.graph.mutated}
-    return frozenset(drawn | overwritten)
+    return drawn(analysis, block) | overwritten
+
+
+def drawn(analysis: Analysis, block: Block) -> frozenset[int]:
+    """Results of random operations: drawn once, so kept under every strategy (as bits where they are masks)."""
+    edges = (edge for edge in (*block.forward, *block.late) if edge.random)
+    return frozenset(value for edge in edges for value in random_residue(analysis, edge))
 
 
 def random_residue(analysis: Analysis, edge: Edge) -> tuple[int, ...]:

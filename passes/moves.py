@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from .certificates import INVERTED, TRUSTED, Certificate, Noise
 from .costs import Cost, segment_cost, signature
-from .emit import Facts, Segment, random_residue, residue
+from .emit import Facts, Segment, drawn, residue
 from .keepsets import keep_sets
 
 PRICES = (16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.0)
@@ -54,7 +54,9 @@ class MoveMaker:
 
     def plain(self, index: int) -> Segment:
         """One block under plain backpropagation: all that its backward pass reads is kept."""
-        return Segment(index, index, "keep", self._keep_sets(index)[0] | self._masks(index))
+        return Segment(
+            index, index, "keep", self._keep_sets(index)[0] | drawn(self.analysis, self.analysis.blocks[index])
+        )
 
     def _translate(self, kept: Iterable[int], block: int) -> frozenset[int]:
         return frozenset(self.signatures[block][1][position] for position in kept)
@@ -88,7 +90,11 @@ class MoveMaker:
         block, moves = self.analysis.blocks[index], []
         for position, kept in enumerate(self._keep_sets(index)):
             for anchored in (False, True):
-                values = kept | frozenset(block.live_in if anchored else ()) | self._masks(index)
+                values = (
+                    kept
+                    | frozenset(block.live_in if anchored else ())
+                    | drawn(self.analysis, self.analysis.blocks[index])
+                )
                 segment = Segment(index, index, "keep", values)
                 cost = self._cost(("keep", position, anchored), segment)
                 if cost is not None and (not anchored or cost.covers_in):
@@ -104,12 +110,6 @@ class MoveMaker:
             sets = keep_sets(self.analysis, block, [price * scale for price in PRICES])
             self.keep_positions[kind] = [self._positions(kept, index) for kept in sets]
         return [self._translate(kept, index) for kept in self.keep_positions[kind]]
-
-    def _masks(self, index: int) -> frozenset[int]:
-        """Results of random operations: drawn once, so kept under every strategy (as bits where they are masks)."""
-        block = self.analysis.blocks[index]
-        edges = (edge for edge in (*block.forward, *block.late) if edge.random)
-        return frozenset(value for edge in edges for value in random_residue(self.analysis, edge))
 
     def _checkpoint_moves(self, last: int) -> list[Move]:
         longest = 2 * math.isqrt(len(self.analysis.blocks)) + 4
