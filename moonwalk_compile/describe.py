@@ -127,7 +127,8 @@ def _reason(planner: Planner, choice: Choice) -> str:
         return "cotangents are solved in forward order"
     obstacle = _obstacle(planner, choice.first)
     if choice.strategy == "checkpoint":
-        return f"recomputed from its inputs; {obstacle}" if obstacle else "recomputed from its inputs"
+        how = f"recomputed from its inputs{f' in {len(choice.inner)} pieces' if choice.inner else ''}"
+        return f"{how}; {obstacle}" if obstacle else how
     recomputes = planner.recomputed_labels(choice)[:4]
     return f"kept, but for {', '.join(recomputes)}" if recomputes else "fits"
 

@@ -6,7 +6,7 @@ gives a value that is not at hand. Emission itself is the same for all of them, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,12 +19,16 @@ from .program import Builder, Program
 
 @dataclass(frozen=True)
 class Segment:
-    """Blocks `first` to `last` under one strategy; `kept` are the values (packed twins apart) that it keeps."""
+    """Blocks `first` to `last` under one strategy; `kept` are the values (packed twins apart) that it keeps.
+
+    A checkpoint with `inner` segments is computed again only to keep what these keep; each is then a segment of its own.
+    """
 
     first: int
     last: int
     strategy: str
     kept: frozenset[int]
+    inner: tuple[Segment, ...] = ()
 
     @property
     def span(self) -> range:
@@ -210,6 +214,9 @@ class BackwardEmitter:
         if segment.strategy == "moonwalk":
             self._moonwalk(segment)
             return
+        if segment.inner:
+            self._nested(segment)
+            return
         for index in reversed(segment.span):
             block = self.analysis.blocks[index]
             if segment.strategy == "invert":
@@ -217,6 +224,22 @@ class BackwardEmitter:
                 self.routes.update(found.edge)
                 self.ensure(block.live_in, index)
             self._backward(block)
+
+    def _nested(self, segment: Segment) -> None:
+        """Forward again, holding only what the inner segments keep; then these, from last to first."""
+        there = set(self.builder.environment)
+        for inner in segment.inner:
+            self.ensure(sorted(inner.kept - self.kept), inner.first)
+        for position in reversed(range(len(segment.inner))):
+            held = frozenset().union(*(inner.kept for inner in segment.inner[: position + 1]))
+            self._forget_forward(there | held)
+            self.run(segment.inner[position])
+        self._forget_forward(there)
+
+    def _forget_forward(self, but: Set[int]) -> None:
+        """Forward values that are wanted again later are computed again, so that they do not stay alive until then."""
+        values = self.graph.values
+        self.builder.forget([v for v in self.builder.environment if v not in but and values[v].stage != "backward"])
 
     def _backward(self, block: Block) -> None:
         for edge in block.backward:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from .certificates import INVERTED, TRUSTED, Certificate, Noise
 from .costs import Cost, segment_cost, signature
 from .emit import Facts, Segment, drawn, residue
 from .keepsets import keep_sets
+from .nesting import SPLITS, Nesting, Unit, segments_of
 
 PRICES = (16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.0)
 
@@ -37,6 +39,7 @@ class MoveMaker:
         self.keep_positions: dict[int, list[tuple[int, ...]]] = {}
         self.signatures = [signature(self.analysis, block) for block in self.analysis.blocks]
         self.keys = number([key for key, _ in self.signatures])
+        self.longest = 2 * math.isqrt(len(self.keys)) + 4  # blocks of a checkpoint that is recomputed in one go
 
     def missing(self, strategy: str, index: int) -> tuple[int, ...]:
         """The values that keep a block from being inverted."""
@@ -49,7 +52,8 @@ class MoveMaker:
 
     def ending_at(self, last: int) -> list[Move]:
         """Every segment of an allowed strategy whose last block is `last`."""
-        moves = [*self._keep_moves(last), *self._checkpoint_moves(last), *self._chain_moves(last)]
+        moves = [*self._keep_moves(last), *self._checkpoint_moves(last), *self._nested_moves(last)]
+        moves += self._chain_moves(last)
         return [move for move in moves if move.segment.strategy in self.strategies]
 
     def plain(self, index: int) -> Segment:
@@ -111,18 +115,52 @@ class MoveMaker:
             self.keep_positions[kind] = [self._positions(kept, index) for kept in sets]
         return [self._translate(kept, index) for kept in self.keep_positions[kind]]
 
+    def _checkpoint(self, first: int, last: int) -> tuple[Segment, Cost | None]:
+        blocks = self.analysis.blocks[first : last + 1]
+        kept = frozenset(blocks[0].live_in).union(*(residue(self.analysis, block) for block in blocks))
+        segment = Segment(first, last, "checkpoint", kept)
+        return segment, self._cost("checkpoint", segment) if len(blocks) <= self.longest else None
+
     def _checkpoint_moves(self, last: int) -> list[Move]:
-        longest = 2 * math.isqrt(len(self.analysis.blocks)) + 4
+        found = (self._checkpoint(first, last) for first in range(last, max(-1, last - self.longest), -1))
+        return [Move(segment, cost) for segment, cost in found if cost is not None]
+
+    @cached_property
+    def nesting(self) -> Nesting:
+        return Nesting(
+            [self._unit(index) for index in range(len(self.keys))],
+            lambda first, last: self._checkpoint(first, last)[1],
+            self.longest,
+        )
+
+    def _unit(self, index: int) -> Unit:
+        analysis, block = self.analysis, self.analysis.blocks[index]
+        checkpoint = self._checkpoint(index, index)[1]
+        return Unit(
+            kind=self.keys[index],
+            forward_s=sum(edge.seconds for edge in block.forward),
+            border=sum(size for _, size in {analysis.charges[value] for value in block.live_in}),
+            drawn=checkpoint.own if checkpoint else 0,
+            gradients=sum(size for _, size in {analysis.charges[value] for value in block.gradients}),
+            keeps=tuple(move.cost for move in self._keep_moves(index)) if "keep" in self.strategies else (),
+        )
+
+    def _nested_moves(self, last: int) -> list[Move]:
+        """Checkpoints that are computed again in pieces; those of one piece are `_checkpoint_moves`."""
         moves = []
-        for first in range(last, max(-1, last - longest), -1):
-            span = range(first, last + 1)
-            blocks = [self.analysis.blocks[index] for index in span]
-            kept = frozenset(blocks[0].live_in).union(*(residue(self.analysis, block) for block in blocks))
-            segment = Segment(first, last, "checkpoint", kept)
-            cost = self._cost("checkpoint", segment)
-            if cost is not None:
-                moves.append(Move(segment, cost))
+        for length in SPLITS[1:]:
+            first = last - length + 1
+            if first < 0 or length > 4 * self.longest or "checkpoint" not in self.strategies:
+                break
+            outer = self._checkpoint(first, last)[0]
+            for option in self.nesting.options(first, last):
+                if option.nested:
+                    segment = replace(outer, inner=segments_of(option.pieces, first, self._inner))
+                    moves.append(Move(segment, self.nesting.cost(first, last, option)))
         return moves
+
+    def _inner(self, first: int, last: int, keep: int | None) -> Segment:
+        return self._checkpoint(first, last)[0] if keep is None else self._keep_moves(first)[keep].segment
 
     def _chain_moves(self, last: int) -> list[Move]:
         moves = []

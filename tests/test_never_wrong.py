@@ -23,6 +23,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "keep": {"strategies": ("keep",)},
     "checkpoint": {"strategies": ("checkpoint",)},
     "budget": {"strategies": ("keep", "checkpoint"), "budget": "60%"},
+    "smallest": {"strategies": ("keep", "checkpoint"), "budget": 1},
     "moonwalk": {"strategies": ("moonwalk", "checkpoint"), "max_slowdown": 2},
     "invert": {"strategies": ("invert", "checkpoint")},
 }
