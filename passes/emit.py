@@ -21,7 +21,7 @@ from .program import Builder, Program
 class Segment:
     """Blocks `first` to `last` under one strategy; `kept` are the values (packed twins apart) that it keeps.
 
-    A checkpoint with `inner` segments is computed again only to keep what these keep; each is then a segment of its own.
+    A checkpoint with `inner` segments is computed again only to keep what these keep; then each is a segment
     """
 
     first: int

@@ -47,7 +47,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Unit:
-    """What the recursion knows of a block: bytes of its inputs, of what it draws and of its gradients, and its costs."""
+    """What the recursion knows of a block: bytes of its inputs, what it draws and its gradients, and its costs."""
 
     kind: int
     forward_s: float
