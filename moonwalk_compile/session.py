@@ -80,7 +80,7 @@ class Session:
         capture = read_joint(joint, num_fwd_outputs, self.device, roles)
         self.positions = {capture.graph.primals[primal]: flat for primal, flat in places.items()}
         self.analysis = analyse(capture, self.device)
-        self.facts = Facts(self.analysis)
+        self.facts = Facts(self.analysis, reuse=self.options.lowering == "eager")
         self.lowerer = Lowerer(self.analysis, joint, self.options.lowering)
         planner = Planner(self.facts, self.options.strategies, self.certificates, self.options.tolerance)
         plain = planner.plain()

@@ -1,5 +1,6 @@
 """The only importer of torch's private modules; everything here exists from torch 2.11 on."""
 
+from torch._C import _dispatch_has_kernel_for_dispatch_key
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import lookup_backend
 from torch._dynamo.backends.common import aot_autograd as dynamo_aot_autograd
@@ -10,14 +11,22 @@ from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import detect_fake_mode
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
+
+def is_composite(operator: OpOverload) -> bool:
+    """Whether it is defined by other operators, so that what it returns may be a view though its schema is silent."""
+    return _dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd")
+
+
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "OpOverload",
     "BackendCompilerFailed",
     "TorchDynamoException",
     "detect_fake_mode",
@@ -28,6 +37,7 @@ __all__ = [
     "dynamo_counters",
     "functorch_config",
     "fx_graph_cse",
+    "is_composite",
     "lookup_backend",
     "make_fx",
     "tree_flatten",

@@ -10,8 +10,8 @@ from .blocks import Block
 from .cost import operation_seconds
 from .emit import BackwardEmitter, Facts, ForwardEmitter, Segment, Unreachable
 from .graph import Edge, Ref
-from .liveness import simulate
 from .program import Program
+from .reuse import simulated
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def segment_cost(facts: Facts, segment: Segment) -> Cost | None:
         border_in=sum(size for storage, size in kept if storage in live_in),
         covers_in=live_in <= {storage for storage, _ in kept},
         covers_out=bool(live_out) and live_out <= {storage for storage, _ in kept},
-        forward_peak=simulate(forward, charges).peak,
-        backward_peak=simulate(backward, charges).peak,
+        forward_peak=simulated(facts, forward).peak,
+        backward_peak=simulated(facts, backward).peak,
         seconds=_program_seconds(analysis, backward) - _backward_seconds(analysis, segment),
     )
 

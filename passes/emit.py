@@ -136,10 +136,13 @@ def block_sweep(analysis: Analysis, block: Block) -> Solution:
 
 
 class Facts:
-    """The solutions of single blocks, computed when first asked for."""
+    """The solutions of single blocks, computed when first asked for.
 
-    def __init__(self, analysis: Analysis) -> None:
-        self.analysis = analysis
+    `reuse` says that the programs will be lowered with results written over dying operands.
+    """
+
+    def __init__(self, analysis: Analysis, reuse: bool = False) -> None:
+        self.analysis, self.reuse = analysis, reuse
         self._cache: dict[tuple[str, int], Any] = {}
 
     def _once(self, kind: str, index: int, function: Callable[[Analysis, Block], Any]) -> Any:

@@ -16,6 +16,7 @@ from .inductor import Lowered, lower
 from .liveness import Heap, Timeline
 from .pieces import Piece, cut_pieces, group_by_block, metadata
 from .program import Program
+from .reuse import written_over
 from .rewrite import to_module
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
@@ -89,6 +90,7 @@ class Lowerer:
 
     def half(self, program: Program, is_backward: bool, pinned: Sequence[int]) -> Half:
         if self.lowering == "eager":
+            program = written_over(self.analysis, program)
             return Half(boxed_eager(to_module(self.analysis, program, self.root, "Moonwalk")))
         groups = group_by_block(program)
         pieces = cut_pieces(self.analysis, program, groups)

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .analysis import Analysis
 from .certificates import INVERTED, Certificate, chain_error
 from .cost import base_name, operation_seconds
 from .costs import backward_program
 from .emit import Facts, Schedule, Segment, emit
 from .fronts import Front, Table, column, extend, start
-from .liveness import Timeline, simulate
+from .liveness import Timeline
 from .moves import Move, MoveMaker
+from .reuse import simulated
 
 
 class NoPlan(Exception):
@@ -167,12 +167,12 @@ class Planner:
         """Emit and simulate a chain of moves."""
         segments = tuple(move.segment for move in moves)
         schedule = emit(self.facts, segments)
-        return measure_schedule(self.analysis, segments, schedule, error=max((m.error for m in moves), default=0.0))
+        return measure_schedule(self.facts, segments, schedule, error=max((m.error for m in moves), default=0.0))
 
     def plain(self) -> Planned:
-        """Plain backpropagation: keep what the backward pass reads, block by block."""
+        """Plain backpropagation, as PyTorch runs it: all that the backward pass reads is kept, nothing written over."""
         segments = tuple(self.maker.plain(index) for index in range(len(self.analysis.blocks)))
-        return measure_schedule(self.analysis, segments, emit(self.facts, segments))
+        return measure_schedule(Facts(self.analysis), segments, emit(self.facts, segments))
 
     def within(self, budget: float, rounds: int = 8) -> Planned | None:
         """The fastest plan whose *simulated* peak is within `budget`; the modelled budget is moved to get there."""
@@ -225,15 +225,12 @@ class Planner:
         return best
 
 
-def measure_schedule(
-    analysis: Analysis, segments: tuple[Segment, ...], schedule: Schedule, error: float = 0.0
-) -> Planned:
+def measure_schedule(facts: Facts, segments: tuple[Segment, ...], schedule: Schedule, error: float = 0.0) -> Planned:
     """Simulate both programs: what the user holds (the outputs) stays alive through the backward pass."""
-    charges = analysis.charges
-    forward = simulate(schedule.forward, charges)
-    backward = simulate(schedule.backward, charges, pinned=analysis.held)
+    forward = simulated(facts, schedule.forward)
+    backward = simulated(facts, schedule.backward, pinned=facts.analysis.held)
     seconds = sum(
-        operation_seconds(instruction.operation, analysis.device)
+        operation_seconds(instruction.operation, facts.analysis.device)
         for program in (schedule.forward, schedule.backward)
         for instruction in program.instructions
     )

@@ -1,0 +1,146 @@
+"""Pointwise results written over an operand that dies there: one tensor less at the peak, and no fresh memory.
+
+Only under `lowering="eager"`; Inductor does it by itself. Aliases are followed by the operators' schemas, not by what
+fake tensors happened to share: an operation that may return a view of an operand counts as one that does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ._torch_compat import OpOverload, is_composite
+from .analysis import Analysis
+from .emit import Facts
+from .graph import Operation, Ref
+from .liveness import Timeline, simulate
+from .program import Instruction, Program
+
+
+@dataclass(frozen=True)
+class Writer:
+    """The variant of an operation that writes over an operand: any operand for `out`, the first for in-place."""
+
+    target: OpOverload
+    keyword: str | None
+
+
+def simulated(facts: Facts, program: Program, pinned: Sequence[int] = ()) -> Timeline:
+    """The live bytes of a program as it will be lowered."""
+    lowered = written_over(facts.analysis, program) if facts.reuse else program
+    return simulate(lowered, facts.analysis.charges, pinned=pinned)
+
+
+def written_over(analysis: Analysis, program: Program) -> Program:
+    """The same program, with every pointwise result that can be in the place of a dying operand."""
+    owners = _owners(program)
+    last = _last_uses(program, owners)
+    values = dict(program.inputs)
+    values |= {i.slot: i.value for i in program.instructions if i.value is not None}
+    instructions = []
+    for position, instruction in enumerate(program.instructions):
+        place = next(_places(analysis, instruction, position, owners, last, values), None)
+        instructions.append(instruction if place is None else _over(instruction, place))
+    return replace(program, instructions=tuple(instructions))
+
+
+@lru_cache(maxsize=4096)
+def returns_fresh(target: Any) -> bool:
+    """Whether no result can share memory with an argument, whatever the arguments are."""
+    if not isinstance(target, OpOverload):
+        return False
+    return not is_composite(target) and all(item.alias_info is None for item in target._schema.returns)
+
+
+def _owners(program: Program) -> dict[int, int | None]:
+    """For each slot the slot that allocated its memory; None for what is not the program's own, or not known."""
+    owners: dict[int, int | None] = {slot: None for slot, _ in program.inputs}
+    for instruction in program.instructions:
+        if returns_fresh(instruction.operation.target):
+            owners[instruction.slot] = instruction.slot
+            continue
+        behind = {owners[slot] for slot in instruction.reads}
+        owners[instruction.slot] = behind.pop() if len(behind) == 1 else None
+        if len(behind):  # may be a view of any of them: none is written over from here on
+            lost = {owner for slot in instruction.reads if (owner := owners[slot]) is not None}
+            owners = {slot: None if owner in lost else owner for slot, owner in owners.items()}
+    return owners
+
+
+def _last_uses(program: Program, owners: dict[int, int | None]) -> dict[int, int]:
+    """For each owner, the last position at which any slot on its memory is read."""
+    last: dict[int, int] = {}
+    for slot, position in program.last_use.items():
+        owner = owners[slot]
+        if owner is not None:
+            last[owner] = max(last.get(owner, -1), position)
+    return last
+
+
+def _places(
+    analysis: Analysis,
+    instruction: Instruction,
+    position: int,
+    owners: dict[int, int | None],
+    last: dict[int, int],
+    values: dict[int, int],
+) -> Iterator[int]:
+    """The operands (slots of the operation) that the result of an instruction can be written over."""
+    operation, values_of = instruction.operation, analysis.graph.values
+    writer = _writer(operation.target)
+    if writer is None or instruction.value is None or len(operation.new) != 1:
+        return
+    operands = operation.reads if writer.keyword else operation.reads[:1]
+    if not writer.keyword and not (operation.args and isinstance(operation.args[0], Ref)):
+        return
+    used = [owners[slot] for slot in instruction.reads]
+    for local in operands:
+        slot = instruction.slots[local]
+        owner = owners[slot]
+        if owner is None or used.count(owner) > 1 or last[owner] != position or slot not in values:
+            continue
+        if values_of[values[slot]].bytes != operation.new[0]:
+            continue  # a piece of something larger
+        if _layout(analysis.fakes[values[slot]]) == _layout(analysis.fakes[instruction.value]):
+            yield local
+
+
+def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.device, tuple(tensor.shape), tuple(tensor.stride())
+
+
+def _over(instruction: Instruction, local: int) -> Instruction:
+    operation = instruction.operation
+    writer = _writer(operation.target)
+    assert writer is not None
+    kwargs = {**operation.kwargs, writer.keyword: Ref(local)} if writer.keyword else operation.kwargs
+    written: Operation = replace(operation, target=writer.target, kwargs=kwargs, new=(), holds=((local, 0),))
+    return replace(instruction, operation=written)
+
+
+@lru_cache(maxsize=4096)
+def _writer(target: Any) -> Writer | None:
+    if not isinstance(target, OpOverload) or torch.Tag.pointwise not in target.tags:
+        return None
+    packet = target.overloadpacket
+    wanted = [(a.name, str(a.type)) for a in target._schema.arguments]
+    for name in packet.overloads():
+        overload = getattr(packet, name)
+        given = overload._schema.arguments
+        out = [a.name for a in given if a.is_out]
+        if len(out) == 1 and _is_real(overload) and [(a.name, str(a.type)) for a in given if not a.is_out] == wanted:
+            return Writer(overload, out[0])
+    twin = getattr(getattr(torch.ops, target.namespace), f"{packet.__name__}_", None)
+    if twin is None or target._overloadname not in twin.overloads():
+        return None
+    overload = getattr(twin, target._overloadname)
+    return Writer(overload, None) if _is_real(overload) else None
+
+
+def _is_real(overload: OpOverload) -> bool:
+    """Generated variants compute aside and copy: nothing is gained by them."""
+    return torch.Tag.generated not in overload.tags
