@@ -30,6 +30,7 @@ from main_job_runs import (
 from torch import Tensor, nn
 
 from examples import gpt, lipschitz, reversible
+from moonwalk_compile import moonwalk_compile
 from moonwalk_compile.measure import compare_steps
 
 COUPLING_SIZES = {
@@ -204,7 +205,7 @@ def cold_start(what: str, settings: Settings) -> float:
     options: dict[str, Any] = {"budget": f"{TIGHT_PERCENT}%"} if model == "gpt" else {}
     start = time.perf_counter()
     if variant == "ours":
-        running = our_variant(base, loss, inputs, settings, **options)
+        running = Variant(moonwalk_compile(base, lowering=settings.lowering, **options), loss, inputs)
     else:
         running = next(iter(plain_variants(base, loss, inputs, settings.lowering).values()))
     running.step()

@@ -47,9 +47,8 @@ def _unpack(packed: Tensor, size: Sequence[int], high: float, low: float, dtype:
 def _strict_sign(source: Tensor) -> Tensor:
     """1 above zero, else -1: as a sign packed into one bit comes back."""
     signs = torch.sgn(source)
-    zeros = signs == 0
-    if source.device.type != "cpu" or bool(zeros.any()):  # on a CPU, looking is several times faster than filling
-        signs.masked_fill_(zeros, -1)
+    if source.device.type != "cpu" or not bool(signs.all()):  # on a CPU, looking is several times faster than filling
+        signs.masked_fill_(signs == 0, -1)
     return signs
 
 

@@ -14,18 +14,22 @@ from .certificates import INVERTED, TRUSTED, Certificate, Noise
 from .costs import Cost, segment_cost, signature
 from .emit import Facts, Segment, drawn, residue
 from .keepsets import keep_sets
-from .nesting import SPLITS, Nesting, Unit, segments_of
+from .nesting import SPLITS, Nesting, Piece, Unit, segments_of
 
 PRICES = (16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.0)
 
 
 @dataclass(frozen=True)
 class Move:
-    """One candidate segment with its cost, and the gradient error that its certificates predict."""
+    """One candidate segment with its cost, and the gradient error that its certificates predict.
+
+    The `pieces` of a nested checkpoint become its inner segments when it is chosen (`MoveMaker.segment`).
+    """
 
     segment: Segment
     cost: Cost
     error: float = 0.0
+    pieces: tuple[Piece, ...] = ()
 
 
 class MoveMaker:
@@ -37,6 +41,9 @@ class MoveMaker:
         self.certificates: dict[tuple[str, int], Certificate] = {}
         self.costs: dict[object, Cost | None] = {}
         self.keep_positions: dict[int, list[tuple[int, ...]]] = {}
+        self.exact: dict[int, list[Move]] = {}  # by last block: what no certificate changes
+        self.keeps: dict[int, list[Move]] = {}
+        self.residues = [residue(self.analysis, block) for block in self.analysis.blocks]
         self.signatures = [signature(self.analysis, block) for block in self.analysis.blocks]
         self.keys = number([key for key, _ in self.signatures])
         self.longest = 2 * math.isqrt(len(self.keys)) + 4  # blocks of a checkpoint that is recomputed in one go
@@ -52,9 +59,14 @@ class MoveMaker:
 
     def ending_at(self, last: int) -> list[Move]:
         """Every segment of an allowed strategy whose last block is `last`."""
-        moves = [*self._keep_moves(last), *self._checkpoint_moves(last), *self._nested_moves(last)]
-        moves += self._chain_moves(last)
-        return [move for move in moves if move.segment.strategy in self.strategies]
+        if last not in self.exact:
+            moves = [*self._keep_moves(last), *self._checkpoint_moves(last), *self._nested_moves(last)]
+            self.exact[last] = [move for move in moves if move.segment.strategy in self.strategies]
+        return [*self.exact[last], *self._chain_moves(last)]
+
+    def segment(self, move: Move) -> Segment:
+        """The segment of a chosen move, whole."""
+        return replace(move.segment, inner=segments_of(move.pieces, move.segment.first, self._inner))
 
     def plain(self, index: int) -> Segment:
         """One block under plain backpropagation: all that its backward pass reads is kept."""
@@ -91,14 +103,16 @@ class MoveMaker:
         return None if costs[0] is None or costs[1] is None else _continued(costs[0], costs[1])
 
     def _keep_moves(self, index: int) -> list[Move]:
+        if index not in self.keeps:
+            self.keeps[index] = self._made_keep_moves(index)
+        return self.keeps[index]
+
+    def _made_keep_moves(self, index: int) -> list[Move]:
         block, moves = self.analysis.blocks[index], []
+        random = drawn(self.analysis, block)
         for position, kept in enumerate(self._keep_sets(index)):
             for anchored in (False, True):
-                values = (
-                    kept
-                    | frozenset(block.live_in if anchored else ())
-                    | drawn(self.analysis, self.analysis.blocks[index])
-                )
+                values = kept | frozenset(block.live_in if anchored else ()) | random
                 segment = Segment(index, index, "keep", values)
                 cost = self._cost(("keep", position, anchored), segment)
                 if cost is not None and (not anchored or cost.covers_in):
@@ -116,10 +130,9 @@ class MoveMaker:
         return [self._translate(kept, index) for kept in self.keep_positions[kind]]
 
     def _checkpoint(self, first: int, last: int) -> tuple[Segment, Cost | None]:
-        blocks = self.analysis.blocks[first : last + 1]
-        kept = frozenset(blocks[0].live_in).union(*(residue(self.analysis, block) for block in blocks))
+        kept = frozenset(self.analysis.blocks[first].live_in).union(*self.residues[first : last + 1])
         segment = Segment(first, last, "checkpoint", kept)
-        return segment, self._cost("checkpoint", segment) if len(blocks) <= self.longest else None
+        return segment, self._cost("checkpoint", segment) if last - first < self.longest else None
 
     def _checkpoint_moves(self, last: int) -> list[Move]:
         found = (self._checkpoint(first, last) for first in range(last, max(-1, last - self.longest), -1))
@@ -155,8 +168,7 @@ class MoveMaker:
             outer = self._checkpoint(first, last)[0]
             for option in self.nesting.options(first, last):
                 if option.nested:
-                    segment = replace(outer, inner=segments_of(option.pieces, first, self._inner))
-                    moves.append(Move(segment, self.nesting.cost(first, last, option)))
+                    moves.append(Move(outer, self.nesting.cost(first, last, option), pieces=option.pieces))
         return moves
 
     def _inner(self, first: int, last: int, keep: int | None) -> Segment:
@@ -171,7 +183,7 @@ class MoveMaker:
 
     def _single(self, strategy: str, index: int) -> tuple[Segment, Cost] | None:
         block = self.analysis.blocks[index]
-        kept = residue(self.analysis, block)
+        kept = self.residues[index]
         if strategy == "invert":
             if not block.live_in or self.facts.inversion(index).missing:
                 return None

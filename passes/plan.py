@@ -165,7 +165,7 @@ class Planner:
 
     def realise(self, moves: Sequence[Move]) -> Planned:
         """Emit and simulate a chain of moves."""
-        segments = tuple(move.segment for move in moves)
+        segments = tuple(self.maker.segment(move) for move in moves)
         schedule = emit(self.facts, segments)
         return measure_schedule(self.facts, segments, schedule, error=max((m.error for m in moves), default=0.0))
 
@@ -185,7 +185,7 @@ class Planner:
                     break
                 target *= 1.04
                 continue
-            key = tuple(move.segment for move in moves)
+            key = tuple((move.segment, move.pieces) for move in moves)
             planned = self.realise(moves)
             slack = budget - planned.peak
             if slack >= 0 and (best is None or planned.seconds < best.seconds):

@@ -23,7 +23,7 @@ def planner_of(drawn: list[Layer]) -> Planner:
 
 
 def without_nesting(planner: Planner) -> Planner:
-    planner.moves = [[move for move in moves if not move.segment.inner] for moves in planner.moves]
+    planner.moves = [[move for move in moves if not move.pieces] for moves in planner.moves]
     planner.tables = [planner._table(last, moves) for last, moves in enumerate(planner.moves)]
     return planner
 
@@ -36,9 +36,9 @@ def depth(segment: Segment) -> int:
 @given(st.lists(layers, min_size=2, max_size=8))
 def test_nested_checkpoints_cost_what_the_recursion_says(drawn: list[Layer]) -> None:
     planner = planner_of(drawn)
-    nested = [move for moves in planner.moves for move in moves if move.segment.inner]
+    nested = [move for moves in planner.moves for move in moves if move.pieces]
     for move in nested:
-        simulated = segment_cost(planner.facts, move.segment)
+        simulated = segment_cost(planner.facts, planner.maker.segment(move))
         assert simulated is not None
         assert (simulated.own, simulated.border_in) == (move.cost.own, move.cost.border_in)
         assert simulated.seconds == pytest.approx(move.cost.seconds)
