@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from .options import Options
 from .passes._torch_compat import disable_current_modes, dynamo_aot_autograd, functorch_config, lookup_backend
 from .passes.cost import Device, find_device
-from .passes.inductor import lower
+from .passes.inductor import lower, warm_up
 from .passes.lower import boxed_eager
 from .report import Plan
 from .session import Session, is_real
@@ -102,6 +102,8 @@ class CompiledStep:
         self.current = self._compile(inputs)
 
     def _compile(self, inputs: Sequence[Any], certificates: Any = None) -> Callable[..., Any]:
+        if self.options.lowering == "inductor":
+            warm_up()
         session = Session(self.options, self.device, inputs, certificates=certificates or {})
         compiled = run_autograd(session, self.gm, inputs)
         session.example_inputs = None  # nothing may outlive the step because of us

@@ -83,7 +83,7 @@ class Session:
         self.facts = Facts(self.analysis, reuse=self.options.lowering == "eager")
         self.lowerer = Lowerer(self.analysis, joint, self.options.lowering)
         planner = Planner(self.facts, self.options.strategies, self.certificates, self.options.tolerance)
-        plain = planner.plain()
+        plain = planner.plain
         try:
             planned = self._settle(planner, plain)
         except NoPlan as error:
@@ -119,6 +119,9 @@ class Session:
             found = self.certify(inputs, open_segments)
             self.certificates = {**self.certificates, **found}
             planner.certify(found)
+            confirmed = planner.still_holds(planned)
+            if confirmed is not None:
+                return confirmed
         planner.forbid_inversion()
         return self._choose(planner, plain, less)
 

@@ -13,8 +13,12 @@ from torch._guards import tracing as tracing
 # Inductor's process-wide switches; only ever patched for the duration of one call.
 from torch._inductor import config as inductor_config
 
+# What generated modules call to wait for their kernels, and the search for this processor's vector instructions.
+from torch._inductor.async_compile import AsyncCompile as AsyncCompile
+
 # The entry point below AOTAutograd: one graph in, one compiled function out.
 from torch._inductor.compile_fx import compile_fx_inner as compile_fx_inner
+from torch._inductor.cpu_vec_isa import pick_vec_isa as pick_vec_isa
 
 # The decompositions Inductor's lowerings expect to have been applied.
 from torch._inductor.decomposition import select_decomp_table as select_decomp_table
@@ -43,6 +47,7 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 
 __all__ = [
+    "AsyncCompile",
     "CompiledFxGraph",
     "FakeTensorMode",
     "TracingContext",
@@ -52,6 +57,7 @@ __all__ = [
     "extern_kernels",
     "inductor_config",
     "joint_graph_passes",
+    "pick_vec_isa",
     "profiler_enabled",
     "select_decomp_table",
     "tracing",

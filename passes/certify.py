@@ -89,7 +89,18 @@ def _trimmed(difference: Tensor, ties: float) -> Tensor:
     if not count:
         return difference
     flat = difference.flatten()
-    return flat.index_fill(0, flat.abs().topk(min(count, flat.numel() // 4)).indices, 0)
+    return flat.index_fill(0, _largest(flat.abs(), min(count, flat.numel() // 4)), 0)
+
+
+def _largest(values: Tensor, count: int, row: int = 1024) -> Tensor:
+    """Where the `count` largest elements are: they lie in the rows that have the largest maxima, or behind all rows."""
+    rows = len(values) // row
+    if rows <= count:
+        return values.topk(count).indices
+    chosen = values[: rows * row].view(rows, row).amax(1).topk(count).indices
+    inside = (chosen[:, None] * row + torch.arange(row, device=values.device)).flatten()
+    places = torch.cat([inside, torch.arange(rows * row, len(values), device=values.device)])
+    return places[values[places].topk(count).indices]
 
 
 def _perturbed(state: State, generator: torch.Generator) -> State:

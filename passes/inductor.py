@@ -8,9 +8,13 @@ profile is read from the generated wrapper (`wrapper_memory`).
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
@@ -18,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ._torch_compat_inductor import (
+    AsyncCompile,
     CompiledFxGraph,
     FakeTensorMode,
     TracingContext,
@@ -26,12 +31,22 @@ from ._torch_compat_inductor import (
     disable_current_modes,
     inductor_config,
     joint_graph_passes,
+    pick_vec_isa,
     select_decomp_table,
     tracing,
 )
 from .wrapper_memory import MemoryEvent, OutputStorage, ProfileUnknown, Workspace, no_workspace, peak, replay, separate
 
-__all__ = ["Lowered", "MemoryEvent", "OutputStorage", "ProfileUnknown", "lower", "peak"]
+__all__ = [
+    "Lowered",
+    "MemoryEvent",
+    "OutputStorage",
+    "ProfileUnknown",
+    "kernels_in_background",
+    "lower",
+    "peak",
+    "warm_up",
+]
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,7 @@ def lower(
     `workspace`: what operations hold within their call. `profiled=False` skips the reading of the wrapper and leaves
     `profile` and `outputs` empty. Raises `ProfileUnknown`; compile errors are Inductor's own.
     """
+    warm_up().exception()  # an error of the search comes again where it matters
     constants = _constants(gm)
     values = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
     static = [*static_inputs, *range(len(values), len(values) + len(constants))]
@@ -77,6 +93,35 @@ def lower(
     events, outputs = replay(compiled.source_code, fakes, compiled.constants or {}, workspace)
     mine = tuple(e for e in events if e.argument is None or e.argument < len(values))
     return Lowered(call, mine, outputs, compiled.source_code)
+
+
+@functools.cache
+def warm_up() -> Future[Any]:
+    """Start what Inductor does once per process on a CPU: it compiles test programs to learn the vector instructions.
+
+    That takes seconds in which this process only waits, so it begins while the step is still being planned.
+    """
+    return ThreadPoolExecutor(1).submit(pick_vec_isa)
+
+
+@contextlib.contextmanager
+def kernels_in_background() -> Iterator[None]:
+    """Inside, C++ kernels compile in the background while further pieces are lowered; at the end all are there."""
+    waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
+    thread, wait = threading.get_ident(), AsyncCompile.wait
+
+    def later(compiler: AsyncCompile, scope: dict[str, Any]) -> None:
+        if threading.get_ident() == thread:
+            waiting.append((compiler, scope))
+        else:
+            wait(compiler, scope)
+
+    try:
+        with patch.object(AsyncCompile, "wait", later):
+            yield
+    finally:
+        for compiler, scope in waiting:
+            wait(compiler, scope)
 
 
 @contextlib.contextmanager

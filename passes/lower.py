@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .analysis import Analysis
 from .emit import Schedule
 from .graph import refs_in
-from .inductor import Lowered, lower
+from .inductor import Lowered, kernels_in_background, lower
 from .liveness import Heap, Timeline
 from .pieces import Piece, cut_pieces, group_by_block, metadata
 from .program import Program
@@ -86,7 +87,9 @@ class Lowerer:
         self.compiled: dict[object, Lowered] = {}
 
     def halves(self, schedule: Schedule, pinned: Sequence[int]) -> tuple[Half, Half]:
-        return self.half(schedule.forward, False, ()), self.half(schedule.backward, True, pinned)
+        on_cpu = all(fake.device.type == "cpu" for fake in self.analysis.fakes.values() if isinstance(fake, Tensor))
+        with kernels_in_background() if on_cpu else contextlib.nullcontext():
+            return self.half(schedule.forward, False, ()), self.half(schedule.backward, True, pinned)
 
     def half(self, program: Program, is_backward: bool, pinned: Sequence[int]) -> Half:
         if self.lowering == "eager":

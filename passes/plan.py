@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -59,7 +60,6 @@ class Planner:
         self.maker.certificates.update(certificates or {})
         self.later_gradients = self._later_gradients()
         self.base = sum(size for _, size in {self.analysis.charges[v] for v in self.analysis.held})
-        self._make_tables()
 
     @property
     def certificates(self) -> dict[tuple[str, int], Certificate]:
@@ -76,15 +76,24 @@ class Planner:
     def certify(self, certificates: Mapping[tuple[str, int], Certificate]) -> None:
         """Take measured certificates into account; blocks without one are trusted until they are measured."""
         self.maker.certificates.update(certificates)
-        self._make_tables()
+        self._forget_moves()
 
     def forbid_inversion(self) -> None:
         self.maker.strategies = tuple(name for name in self.strategies if name not in INVERTED)
-        self._make_tables()
+        self._forget_moves()
 
-    def _make_tables(self) -> None:
-        self.moves = [self.maker.ending_at(last) for last in range(len(self.analysis.blocks))]
-        self.tables = [self._table(last, moves) for last, moves in enumerate(self.moves)]
+    def _forget_moves(self) -> None:
+        self.__dict__.pop("moves", None)
+        self.__dict__.pop("tables", None)
+
+    @cached_property
+    def moves(self) -> list[list[Move]]:
+        """Every segment that a plan may be made of, by its last block."""
+        return [self.maker.ending_at(last) for last in range(len(self.analysis.blocks))]
+
+    @cached_property
+    def tables(self) -> list[Table]:
+        return [self._table(last, moves) for last, moves in enumerate(self.moves)]
 
     def _table(self, last: int, moves: Sequence[Move]) -> Table:
         costs = [move.cost for move in moves]
@@ -121,6 +130,16 @@ class Planner:
     def error_of(self, segment: Segment) -> float:
         """Predicted relative error of the gradients of an inverted segment; infinite without certificates."""
         return chain_error(segment, self.certificates)
+
+    def still_holds(self, planned: Planned) -> Planned | None:
+        """A plan made before its certificates were measured, now with its error; None where that is too large.
+
+        Blocks without a certificate are trusted, so measuring only ever takes moves away: a plan whose own moves are
+        all still there is still the best one.
+        """
+        errors = [self.error_of(segment) for segment in planned.segments if segment.strategy in INVERTED]
+        error = max(errors, default=0.0)
+        return replace(planned, error=error) if error <= self.tolerance else None
 
     def single_error(self, strategy: str, index: int) -> float:
         return self.error_of(Segment(index, index, strategy, frozenset()))
@@ -169,6 +188,7 @@ class Planner:
         schedule = emit(self.facts, segments)
         return measure_schedule(self.facts, segments, schedule, error=max((m.error for m in moves), default=0.0))
 
+    @cached_property
     def plain(self) -> Planned:
         """Plain backpropagation, as PyTorch runs it: all that the backward pass reads is kept, nothing written over."""
         segments = tuple(self.maker.plain(index) for index in range(len(self.analysis.blocks)))
@@ -198,7 +218,7 @@ class Planner:
 
     def smallest(self) -> Planned:
         """The plan of the smallest simulated peak that the family reaches."""
-        low, high = 0.0, self.plain().peak * 2.0
+        low, high = 0.0, self.plain.peak * 2.0
         while high - low > 0.004 * high:
             middle = (low + high) / 2
             low, high = (low, middle) if self.fastest(middle) is not None else (middle, high)
@@ -209,7 +229,7 @@ class Planner:
 
     def slowed(self, limit: float) -> Planned:
         """The smallest peak whose predicted step time is at most `limit` seconds."""
-        plain = self.plain()
+        plain = self.plain
         smallest = self.smallest()
         if smallest.seconds <= limit:
             return smallest

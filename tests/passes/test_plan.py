@@ -112,7 +112,7 @@ def test_the_moves_are_all_that_is_possible(drawn: list[Layer]) -> None:
 @given(chains, st.lists(fractions, min_size=2, max_size=4))
 def test_a_smaller_budget_is_never_faster(drawn: list[Layer], parts: list[float]) -> None:
     planner = planner_of(drawn)
-    plain = planner.plain().peak
+    plain = planner.plain.peak
     times = []
     for part in sorted(parts):
         moves = planner.fastest(part * plain)
@@ -124,7 +124,7 @@ def test_a_smaller_budget_is_never_faster(drawn: list[Layer], parts: list[float]
 @given(chains, fractions)
 def test_a_plan_within_a_budget_is_within_it(drawn: list[Layer], part: float) -> None:
     planner = planner_of(drawn)
-    budget = part * planner.plain().peak
+    budget = part * planner.plain.peak
     planned = planner.within(budget)
     if planned is not None:
         assert planned.peak <= budget
@@ -136,7 +136,7 @@ def test_a_plan_within_a_budget_is_within_it(drawn: list[Layer], part: float) ->
 @given(chains)
 def test_the_budget_of_plain_backpropagation_costs_no_time(drawn: list[Layer]) -> None:
     planner = planner_of(drawn)
-    plain = planner.plain()
+    plain = planner.plain
     planned = planner.within(plain.peak * 1.5)
     assert planned is not None and planned.seconds <= plain.seconds + 1e-9
 
@@ -147,7 +147,7 @@ def test_the_smallest_plan_is_no_larger_than_plain(drawn: list[Layer]) -> None:
     planner = planner_of(drawn)
     smallest = planner.smallest()
     verify(planner.analysis, smallest.schedule)
-    assert smallest.peak <= planner.plain().peak
+    assert smallest.peak <= planner.plain.peak
 
 
 @pytest.mark.parametrize("strategies", [("keep",), ("checkpoint",), ("invert", "keep"), ("checkpoint", "moonwalk")])
