@@ -183,7 +183,7 @@ def compile_time_case(name: str, settings: Settings, *, model: str) -> list[Row]
 def _cold_start(what: str, settings: Settings) -> float:
     script = Path(__file__).with_name("main_job.py")
     with tempfile.TemporaryDirectory() as folder:
-        caches = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_CACHE_DIR": folder}
+        caches = {"TORCHINDUCTOR_CACHE_DIR": folder}
         command = [
             sys.executable,
             str(script),

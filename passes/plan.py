@@ -218,9 +218,9 @@ class Planner:
 
     def smallest(self) -> Planned:
         """The plan of the smallest simulated peak that the family reaches."""
-        low, high = 0.0, self.plain.peak * 2.0
-        while high - low > 0.004 * high:
-            middle = (low + high) / 2
+        low, high = float(self.base + self.later_gradients[0] + 1), self.plain.peak * 2.0
+        while high > 1.004 * low:  # in ratios: small budgets leave few states, and are quick to ask for
+            middle = math.sqrt(low * high)
             low, high = (low, middle) if self.fastest(middle) is not None else (middle, high)
         found = [self.realise(moves) for scale in (1.0, 1.01, 1.03, 1.06) if (moves := self.fastest(high * scale))]
         if not found:
