@@ -145,7 +145,7 @@ def measure_chain(
 def _local_error(link: _Link, reached: State, moved: State, state: State) -> float:
     """Recover, undo, recover again. What was recovered lies on the coarse grid of the rounding that it went through
     and would come back exactly, so a point between it and the probe is taken."""
-    rough = {**reached, **{value: torch.lerp(reached[value], moved[value], 0.37) for value in link.noisy}}
+    rough = {**reached, **_between(reached, moved, link.noisy, 0.37)}
     return _distance(rough, link.recover(link.apply(rough, state)), link.noisy, ties=TIES)
 
 
@@ -157,7 +157,13 @@ def _rescaled(reached: State, moved: State, noisy: Iterable[int], size: float) -
     """The same perturbation, brought back to its first size where it has become too large or too small to be linear."""
     if size == 0 or not math.isfinite(size) or _bounded(size) == size:
         return moved
-    return {**moved, **{value: torch.lerp(reached[value], moved[value], PROBE / size) for value in noisy}}
+    return {**moved, **_between(reached, moved, noisy, PROBE / size)}
+
+
+def _between(first: State, second: State, among: Iterable[int], part: float) -> State:
+    """Points between two states; indices and counts stay those of the first."""
+    floats = (value for value in among if first[value].is_floating_point())
+    return {value: torch.lerp(first[value], second[value], part) for value in floats}
 
 
 class Certifier:
