@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .analysis import Analysis
 from .blocks import Block
-from .cost import operation_seconds
+from .cost import base_name, operation_seconds
 from .emit import BackwardEmitter, Facts, ForwardEmitter, Segment, Unreachable
 from .graph import Edge, Ref
 from .program import Program
@@ -43,11 +43,13 @@ def backward_program(facts: Facts, segment: Segment) -> Program:
     outputs = set(facts.analysis.graph.output_values)
     emitter = BackwardEmitter(facts, segment.kept, given | outputs, segment.span)
     emitter.run(segment)
+    passing = facts.passing(segment.span)
     gradients = [value for index in segment.span for value in blocks[index].gradients]
     leaving = [*first.cotangents_out, *gradients, *(first.live_in if segment.strategy == "invert" else ())]
+    leaving = [value for value in leaving if value not in passing]
     emitter.ensure(leaving, segment.first)
     slots = dict.fromkeys(emitter.builder.environment[value] for value in leaving)
-    first_inputs = [value for value in last.cotangents_in if value in emitter.given]
+    first_inputs = [value for value in last.cotangents_in if value in emitter.given and value not in passing]
     return emitter.builder.finish([Ref(slot) for slot in slots], first_inputs)
 
 
@@ -57,16 +59,20 @@ def forward_program(facts: Facts, segment: Segment, handed: Iterable[int]) -> Pr
     handed = list(handed)
     emitter = ForwardEmitter(analysis, handed)
     blocks = [analysis.blocks[index] for index in segment.span]
-    for value in blocks[0].live_in:
+    inputs = [value for value in blocks[0].live_in if value not in facts.passing(segment.span)]
+    for value in inputs:
         emitter.builder.input(value)
     emitter.run((edge for block in blocks for edge in block.forward), analysis.block_of)
     leaving = [v for v in (*blocks[-1].live_out, *handed) if v in emitter.builder.environment]
-    return emitter.builder.finish([Ref(emitter.builder.environment[v]) for v in leaving], blocks[0].live_in)
+    return emitter.builder.finish([Ref(emitter.builder.environment[v]) for v in leaving], inputs)
 
 
 def segment_cost(facts: Facts, segment: Segment) -> Cost | None:
-    """Simulate the segment alone; None when its backward pass cannot be emitted."""
-    analysis = facts.analysis
+    """Simulate the segment alone; None when its backward pass cannot be emitted.
+
+    What only passes through is left out (see `with_passing`): segments that differ in that alone cost the same.
+    """
+    analysis, passing = facts.analysis, facts.passing(segment.span)
     try:
         backward = backward_program(facts, segment)
     except Unreachable:
@@ -76,8 +82,8 @@ def segment_cost(facts: Facts, segment: Segment) -> Cost | None:
     handed = [value for _, value in backward.inputs if value not in cotangents and value not in border - segment.kept]
     forward = forward_program(facts, segment, handed)
     charges = analysis.charges
-    live_in = storages(analysis, analysis.blocks[segment.first].live_in)
-    live_out = storages(analysis, analysis.blocks[segment.last].live_out)
+    live_in = storages(analysis, {*analysis.blocks[segment.first].live_in} - passing)
+    live_out = storages(analysis, {*analysis.blocks[segment.last].live_out} - passing)
     kept = {charges[value] for value in handed if charges[value][1]}
     return Cost(
         own=sum(size for storage, size in kept if storage not in live_in),
@@ -87,6 +93,23 @@ def segment_cost(facts: Facts, segment: Segment) -> Cost | None:
         forward_peak=simulated(facts, forward).peak,
         backward_peak=simulated(facts, backward).peak,
         seconds=_program_seconds(analysis, backward) - _backward_seconds(analysis, segment),
+    )
+
+
+def with_passing(facts: Facts, segment: Segment, cost: Cost) -> Cost:
+    """The cost where it stands: what passes through is alive meanwhile, and is not kept by this segment."""
+    passing = facts.passing(segment.span)
+    if not passing:
+        return cost
+    values, charges = facts.analysis.graph.values, facts.analysis.charges
+    forward = sum(size for _, size in {charges[v] for v in passing if values[v].stage != "backward"})
+    backward = sum(size for _, size in {charges[v] for v in passing if values[v].stage == "backward"})
+    return replace(
+        cost,
+        covers_in=cost.covers_in and not forward,
+        covers_out=cost.covers_out and not forward,
+        forward_peak=cost.forward_peak + forward,
+        backward_peak=cost.backward_peak + backward,
     )
 
 
@@ -102,8 +125,12 @@ def _backward_seconds(analysis: Analysis, segment: Segment) -> float:
     return sum(edge.seconds for index in segment.span for edge in analysis.blocks[index].backward)
 
 
-def signature(analysis: Analysis, block: Block) -> tuple[object, tuple[int, ...]]:
+WHERE = {"select", "slice", "select_backward", "slice_backward"}  # their constants say where, which costs nothing
+
+
+def signature(facts: Facts, block: Block) -> tuple[object, tuple[int, ...]]:
     """What makes two blocks the same to the planner, and the block's values in the order of that description."""
+    analysis, passing = facts.analysis, facts.passing([block.index])
     order: dict[int, int] = {}
     values = analysis.graph.values
 
@@ -116,7 +143,12 @@ def signature(analysis: Analysis, block: Block) -> tuple[object, tuple[int, ...]
         return (position, item.shape, item.dtype, item.role, value in analysis.graph.static)
 
     def edge_key(edge: Edge) -> object:
-        constants = tuple((str(op.target), repr(op.args), repr(op.kwargs), op.new) for op in edge.operations)
+        constants = tuple(
+            (str(op.target), op.new)
+            if base_name(op.target) in WHERE
+            else (str(op.target), repr(op.args), repr(op.kwargs))
+            for op in edge.operations
+        )
         return (constants, tuple(map(local, edge.needs)), tuple(map(local, edge.gives)), edge.random)
 
     parts = (
@@ -141,4 +173,5 @@ def signature(analysis: Analysis, block: Block) -> tuple[object, tuple[int, ...]
         block.cotangents_out,
         block.gradients,
     )
-    return (description, tuple(tuple(map(local, border)) for border in borders)), tuple(order)
+    crossing = tuple(tuple(local(v) for v in border if v not in passing) for border in borders)
+    return (description, crossing), tuple(order)

@@ -135,6 +135,16 @@ def block_sweep(analysis: Analysis, block: Block) -> Solution:
     return solve(edges, known, (*block.live_out, *block.cotangents_in, *block.gradients))
 
 
+def block_passing(analysis: Analysis, block: Block) -> frozenset[int]:
+    """Forward values and cotangents that are alive before and behind a block, and that no edge of it touches."""
+    index = block.index
+    own = (block.forward, block.late, block.backward)
+    rules = (analysis.inverse[index], analysis.vijp[index], analysis.shortcuts[index])
+    touched = {v for edges in (*own, *rules) for edge in edges for v in (*edge.needs, *edge.gives)}
+    through = {*block.live_in}.intersection(block.live_out) | {*block.cotangents_in}.intersection(block.cotangents_out)
+    return frozenset(through - touched)
+
+
 class Facts:
     """The solutions of single blocks, computed when first asked for.
 
@@ -158,6 +168,10 @@ class Facts:
 
     def sweep(self, index: int) -> Solution:
         return cast(Solution, self._once("sweep", index, block_sweep))
+
+    def passing(self, span: Iterable[int]) -> frozenset[int]:
+        """The values that only pass through some blocks: alive on both sides, and touched by none of them."""
+        return frozenset.intersection(*(self._once("passing", index, block_passing) for index in span))
 
 
 class BackwardEmitter:

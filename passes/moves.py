@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .certificates import INVERTED, TRUSTED, Certificate, Noise
-from .costs import Cost, segment_cost, signature
+from .costs import Cost, segment_cost, signature, with_passing
 from .emit import Facts, Segment, drawn, residue
 from .keepsets import keep_sets
 from .nesting import SPLITS, Nesting, Piece, Unit, segments_of
@@ -44,7 +44,7 @@ class MoveMaker:
         self.exact: dict[int, list[Move]] = {}  # by last block: what no certificate changes
         self.keeps: dict[int, list[Move]] = {}
         self.residues = [residue(self.analysis, block) for block in self.analysis.blocks]
-        self.signatures = [signature(self.analysis, block) for block in self.analysis.blocks]
+        self.signatures = [signature(facts, block) for block in self.analysis.blocks]
         self.keys = number([key for key, _ in self.signatures])
         self.longest = 2 * math.isqrt(len(self.keys)) + 4  # blocks of a checkpoint that is recomputed in one go
 
@@ -82,7 +82,11 @@ class MoveMaker:
         return tuple(place[value] for value in kept if value in place)
 
     def _cost(self, name: object, segment: Segment) -> Cost | None:
-        """The cost of a segment; segments of the same shape (`name` and block kinds) are simulated once."""
+        cost = self._own_cost(name, segment)
+        return None if cost is None else with_passing(self.facts, segment, cost)
+
+    def _own_cost(self, name: object, segment: Segment) -> Cost | None:
+        """What passes through left out; segments of the same shape (`name` and block kinds) are simulated once."""
         kinds = tuple(self.keys[index] for index in segment.span)
         if (name, kinds) not in self.costs:
             period = _period(kinds)
@@ -97,7 +101,7 @@ class MoveMaker:
         shorter, shortest = (replace(segment, first=segment.first + n * period) for n in (1, 2))
         kept = segment.kept - frozenset(self.analysis.blocks[segment.first].live_in)
         costs = [
-            self._cost(name, replace(s, kept=kept | frozenset(self.analysis.blocks[s.first].live_in)))
+            self._own_cost(name, replace(s, kept=kept | frozenset(self.analysis.blocks[s.first].live_in)))
             for s in (shorter, shortest)
         ]
         return None if costs[0] is None or costs[1] is None else _continued(costs[0], costs[1])
@@ -149,10 +153,11 @@ class MoveMaker:
     def _unit(self, index: int) -> Unit:
         analysis, block = self.analysis, self.analysis.blocks[index]
         checkpoint = self._checkpoint(index, index)[1]
+        entering = {*block.live_in} - self.facts.passing([index])
         return Unit(
             kind=self.keys[index],
             forward_s=sum(edge.seconds for edge in block.forward),
-            border=sum(size for _, size in {analysis.charges[value] for value in block.live_in}),
+            border=sum(size for _, size in {analysis.charges[value] for value in entering}),
             drawn=checkpoint.own if checkpoint else 0,
             gradients=sum(size for _, size in {analysis.charges[value] for value in block.gradients}),
             keeps=tuple(move.cost for move in self._keep_moves(index)) if "keep" in self.strategies else (),
