@@ -1,7 +1,7 @@
 """Pointwise results written over an operand that dies there: one tensor less at the peak, and no fresh memory.
 
-Only under `lowering="eager"`; Inductor does it by itself. Aliases are followed by the operators' schemas, not by what
-fake tensors happened to share: an operation that may return a view of an operand counts as one that does.
+Only under `lowering="eager"`; Inductor does it by itself. A result counts as a view of an operand if the operator's
+schema allows it, or if it shared memory when it was traced: schemas may keep quiet about it (`_unsafe_view`).
 """
 
 from __future__ import annotations
@@ -48,9 +48,14 @@ def written_over(analysis: Analysis, program: Program) -> Program:
     return replace(program, instructions=tuple(instructions))
 
 
+def is_fresh(operation: Operation) -> bool:
+    """Whether no result shares memory with an argument, neither when traced nor for any other arguments."""
+    own = bool(operation.new) and all(source == -1 for source, _ in operation.holds)
+    return own and schema_is_fresh(operation.target)
+
+
 @lru_cache(maxsize=4096)
-def returns_fresh(target: Any) -> bool:
-    """Whether no result can share memory with an argument, whatever the arguments are."""
+def schema_is_fresh(target: Any) -> bool:
     if not isinstance(target, OpOverload):
         return False
     return not is_composite(target) and all(item.alias_info is None for item in target._schema.returns)
@@ -60,7 +65,7 @@ def _owners(program: Program) -> dict[int, int | None]:
     """For each slot the slot that allocated its memory; None for what is not the program's own, or not known."""
     owners: dict[int, int | None] = {slot: None for slot, _ in program.inputs}
     for instruction in program.instructions:
-        if returns_fresh(instruction.operation.target):
+        if is_fresh(instruction.operation):
             owners[instruction.slot] = instruction.slot
             continue
         behind = {owners[slot] for slot in instruction.reads}
