@@ -27,7 +27,11 @@ from .passes.lower import Half, Lowerer
 from .passes.plan import NoPlan, Planned, Planner
 from .passes.rewrite import to_halves
 from .passes.verify import verify, verify_certified
+from .passes.workspace import Workspaces
+from .passes.wrapper_memory import no_workspace
 from .report import Plan
+
+TRIAL = 2**30  # bytes of the operands of one operation that may be tried while planning on fake tensors
 
 Certificates = dict[tuple[str, int], Certificate]
 
@@ -80,8 +84,11 @@ class Session:
         capture = read_joint(joint, num_fwd_outputs, self.device, roles)
         self.positions = {capture.graph.primals[primal]: flat for primal, flat in places.items()}
         self.analysis = analyse(capture, self.device)
-        self.facts = Facts(self.analysis, reuse=self.options.lowering == "eager")
-        self.lowerer = Lowerer(self.analysis, joint, self.options.lowering)
+        workspaces = self._workspaces()
+        self.facts = Facts(self.analysis, reuse=self.options.lowering == "eager", workspace=workspaces)
+        self.lowerer = Lowerer(
+            self.analysis, joint, self.options.lowering, workspaces.of_call if workspaces else no_workspace
+        )
         planner = Planner(self.facts, self.options.strategies, self.certificates, self.options.tolerance)
         plain = planner.plain
         try:
@@ -97,6 +104,12 @@ class Session:
         self.plan = describe(self.analysis, planner, planned, plain, self.options, halves)
         self.plan = replace(self.plan, planning_s=time.perf_counter() - started - self.lowering_s)
         return to_halves(self.analysis, planned.schedule, joint)
+
+    def _workspaces(self) -> Workspaces | None:
+        """By trial, where the device is at hand; small trials only where the model may be larger than this machine."""
+        if self.device.datasheet and not torch.cuda.is_available():
+            return None
+        return Workspaces(limit=math.inf if is_real(self.example_inputs or ()) else TRIAL)
 
     def compile_forward(self, module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         assert self.forward is not None

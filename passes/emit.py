@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from .analysis import Analysis
 from .blocks import Block
-from .graph import Edge, Ref
+from .graph import Edge, Operation, Ref
 from .inverse.solve import Solution, solve
 from .program import Builder, Program
 
@@ -148,11 +148,14 @@ def block_passing(analysis: Analysis, block: Block) -> frozenset[int]:
 class Facts:
     """The solutions of single blocks, computed when first asked for.
 
-    `reuse` says that the programs will be lowered with results written over dying operands.
+    `reuse` says that the programs will be lowered with results written over dying operands, `workspace` what an
+    operation holds within its call.
     """
 
-    def __init__(self, analysis: Analysis, reuse: bool = False) -> None:
-        self.analysis, self.reuse = analysis, reuse
+    def __init__(
+        self, analysis: Analysis, reuse: bool = False, workspace: Callable[[Operation], int] | None = None
+    ) -> None:
+        self.analysis, self.reuse, self.workspace = analysis, reuse, workspace
         self._cache: dict[tuple[str, int], Any] = {}
 
     def _once(self, kind: str, index: int, function: Callable[[Analysis, Block], Any]) -> Any:

@@ -57,6 +57,7 @@ class Operation:
 
     `new` lists the bytes of the storages that the call allocates (several for a tuple); `holds` says which storages
     the result refers to: `(-1, j)` is its own j-th new one, `(slot, j)` the j-th that `slot` holds (a view, an item).
+    `call` describes the arguments (shapes, strides, types) where the call may need memory beyond its results.
     """
 
     target: Any
@@ -66,6 +67,7 @@ class Operation:
     holds: tuple[tuple[int, int], ...] = ()
     flops: float = 0.0
     moved: int = 0
+    call: tuple[Any, Any] | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def reads(self) -> tuple[int, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .graph import Operation
 from .program import Program
 
 
@@ -46,11 +47,13 @@ def simulate(
     storages: Mapping[int, tuple[int, int]],
     pinned: Sequence[int] = (),
     base: int = 0,
+    workspace: Callable[[Operation], int] | None = None,
 ) -> Timeline:
     """Replay `program`, freeing every slot after its last use.
 
     `storages` gives (storage, bytes) of each input value, bytes being zero for what existed before the step.
-    `pinned` values (the outputs that the user holds) stay alive to the end; `base` bytes are added throughout.
+    `pinned` values (the outputs that the user holds) stay alive to the end; `base` bytes are added throughout, and
+    `workspace` says what an operation holds within its call.
     """
     heap = Heap(live=base)
     held: dict[int, list[tuple[int, int]]] = {}
@@ -77,7 +80,7 @@ def simulate(
             own = storage_id[0] == instruction.slot
             heap.take(storage_id, operation.new[storage_id[1]] if own else heap.size[storage_id])
         held[instruction.slot] = mine
-        during.append(heap.live)
+        during.append(heap.live + (workspace(operation) if workspace else 0))
         for slot in dying.get(position, ()):
             for storage_id in held[slot]:
                 heap.drop(storage_id)

@@ -19,6 +19,7 @@ from .pieces import Piece, cut_pieces, group_by_block, metadata
 from .program import Program
 from .reuse import written_over
 from .rewrite import to_module
+from .wrapper_memory import Workspace, no_workspace
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
 FEW = 150  # instructions below which a program is lowered whole
@@ -82,8 +83,10 @@ def boxed_sequence(program: Program, calls: Sequence[_Call]) -> Boxed:
 class Lowerer:
     """Lowers programs; every distinct piece is compiled once, also across plans of the same step."""
 
-    def __init__(self, analysis: Analysis, root: torch.nn.Module, lowering: str) -> None:
-        self.analysis, self.root, self.lowering = analysis, root, lowering
+    def __init__(
+        self, analysis: Analysis, root: torch.nn.Module, lowering: str, workspace: Workspace = no_workspace
+    ) -> None:
+        self.analysis, self.root, self.lowering, self.workspace = analysis, root, lowering, workspace
         self.compiled: dict[object, Lowered] = {}
 
     def halves(self, schedule: Schedule, pinned: Sequence[int]) -> tuple[Half, Half]:
@@ -117,7 +120,7 @@ class Lowerer:
         if key not in self.compiled:
             module = to_module(self.analysis, piece.program, self.root, "MoonwalkPiece", arguments)
             static = [place for place, role in enumerate(roles) if role in ("parameter", "buffer")]
-            self.compiled[key] = lower(module, is_backward=is_backward, static_inputs=static)
+            self.compiled[key] = lower(module, is_backward=is_backward, static_inputs=static, workspace=self.workspace)
         return self.compiled[key]
 
     def _results(self, piece: Piece, done: Lowered) -> dict[int, Any]:

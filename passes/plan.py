@@ -192,7 +192,9 @@ class Planner:
     def plain(self) -> Planned:
         """Plain backpropagation, as PyTorch runs it: all that the backward pass reads is kept, nothing written over."""
         segments = tuple(self.maker.plain(index) for index in range(len(self.analysis.blocks)))
-        return measure_schedule(Facts(self.analysis), segments, emit(self.facts, segments))
+        return measure_schedule(
+            Facts(self.analysis, workspace=self.facts.workspace), segments, emit(self.facts, segments)
+        )
 
     def within(self, budget: float, rounds: int = 8) -> Planned | None:
         """The fastest plan whose *simulated* peak is within `budget`; the modelled budget is moved to get there."""

@@ -32,7 +32,7 @@ class Writer:
 def simulated(facts: Facts, program: Program, pinned: Sequence[int] = ()) -> Timeline:
     """The live bytes of a program as it will be lowered."""
     lowered = written_over(facts.analysis, program) if facts.reuse else program
-    return simulate(lowered, facts.analysis.charges, pinned=pinned)
+    return simulate(lowered, facts.analysis.charges, pinned=pinned, workspace=facts.workspace)
 
 
 def written_over(analysis: Analysis, program: Program) -> Program:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
-from ._torch_compat import FakeTensorMode, make_fx, tree_flatten
+from ._torch_compat import FakeTensorMode, OpOverload, make_fx, tree_flatten
 from .cost import count_flops
 from .graph import Operation, Ref
+from .workspace import frozen_call
 
 
 def storage_bytes(value: Any) -> int:
@@ -23,6 +25,14 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 def storage_keys(value: Any) -> list[int]:
     return [tensor.untyped_storage()._cdata for tensor in tensors_of(value)]
+
+
+def call_of(node: fx.Node) -> tuple[Any, Any] | None:
+    """What the memory need of a call depends on; None for pointwise operations, which need none."""
+    if not isinstance(node.target, OpOverload) or torch.Tag.pointwise in node.target.tags:
+        return None
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: item.meta.get("val"))
+    return frozen_call(args, kwargs)
 
 
 class Recorder:
@@ -53,7 +63,14 @@ class Recorder:
             storage_bytes(argument.meta.get("val")) for argument in node.all_input_nodes
         )
         return Operation(
-            node.target, self.arguments(node.args), self.arguments(node.kwargs), tuple(new), tuple(holds), flops, moved
+            node.target,
+            self.arguments(node.args),
+            self.arguments(node.kwargs),
+            tuple(new),
+            tuple(holds),
+            flops,
+            moved,
+            call_of(node) if any(new) else None,
         )
 
     def arguments(self, tree: Any) -> Any:

@@ -7,8 +7,9 @@ strides, types) runs once on made-up values, in memory of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ._torch_compat_inductor import disable_current_modes, profiler_enabled, tree_leaves, tree_map
+from .graph import Operation
 from .wrapper_memory import ProfileUnknown
 
 
 @dataclass(frozen=True)
-class _Like:
+class Like:
     """Everything about a tensor argument that can matter for memory."""
 
     size: tuple[int, ...]
@@ -30,31 +32,78 @@ class _Like:
 
     def make(self) -> torch.Tensor:
         """Small positive numbers; zeros (a valid index, a valid mask) for integers and truth values."""
-        new = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
-        return new.uniform_(0.1, 1) if self.dtype.is_floating_point else new.zero_()
+        new = torch.empty(self.elements, dtype=self.dtype, device=self.device)
+        filled = new.uniform_(0.1, 1) if self.dtype.is_floating_point else new.zero_()
+        return filled.as_strided(self.size, self.stride)  # strides of expanded tensors are zero
+
+    @property
+    def elements(self) -> int:
+        if 0 in self.size:
+            return 0
+        return 1 + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+
+@dataclass
+class Workspaces:
+    """The workspace of operations by trial, for the planner. Those above `limit` bytes are not tried (counted as 0)."""
+
+    limit: float = math.inf
+    unknown: set[str] = field(default_factory=set)
+    found: dict[object, int] = field(default_factory=dict)
+
+    def __call__(self, operation: Operation) -> int:
+        return 0 if operation.call is None else self._of(operation.target, *operation.call)
+
+    def of_call(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+        """Of a call in a generated wrapper: a `wrapper_memory.Workspace`."""
+        return self._of(target, *frozen_call(args, kwargs))
+
+    def _of(self, target: Any, args: Any, kwargs: Any) -> int:
+        key = (target, args, kwargs)
+        if key not in self.found:
+            self.found[key] = self._try(target, args, kwargs)
+        return self.found[key]
+
+    def _try(self, target: Any, args: Any, kwargs: Any) -> int:
+        likes = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Like)]
+        try:
+            if sum(like.bytes for like in likes) > self.limit:
+                raise ProfileUnknown("too large to be tried")
+            return _measure(target, args, kwargs, torch.get_num_threads()) if likes else 0
+        except ProfileUnknown:
+            self.unknown.add(getattr(target, "__name__", str(target)))
+            return 0
 
 
 def measured_workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     """The most bytes that one call holds beyond its arguments and its outputs. Raises `ProfileUnknown`."""
     if not any(isinstance(t, torch.Tensor) for t in tree_leaves((args, kwargs))):
         return 0
-    key = _frozen(tuple(args)), tuple((k, _frozen(v)) for k, v in kwargs.items())
-    return _measure(operation, *key, torch.get_num_threads())
+    return _measure(operation, *frozen_call(args, kwargs), torch.get_num_threads())
+
+
+def frozen_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The arguments of a call as a hashable description."""
+    return _frozen(tuple(args)), tuple((name, _frozen(value)) for name, value in kwargs.items())
 
 
 def _frozen(value: Any) -> Any:
-    """A hashable copy, with tensors as `_Like`."""
+    """A hashable copy, with tensors as `Like`."""
     if isinstance(value, (tuple, list)):
         return tuple(_frozen(v) for v in value)
     if isinstance(value, torch.Tensor):
-        return _Like(tuple(value.size()), tuple(value.stride()), value.dtype, value.device)
+        return Like(tuple(value.size()), tuple(value.stride()), value.dtype, value.device)
     return value
 
 
 @cache
 def _measure(operation: Any, args: Any, kwargs: Any, threads: int) -> int:
     with disable_current_modes(), torch.no_grad(), torch.random.fork_rng():
-        real, named = tree_map(lambda x: x.make() if isinstance(x, _Like) else x, (args, dict(kwargs)))
+        real, named = tree_map(lambda x: x.make() if isinstance(x, Like) else x, (args, dict(kwargs)))
         device = next(t.device for t in tree_leaves((real, named)) if isinstance(t, torch.Tensor))
         measure = _cuda_peak if device.type == "cuda" else _cpu_peak
         try:
