@@ -51,13 +51,16 @@ def refs_in(tree: Any) -> Iterator[Ref]:
         yield from refs_in((tree.start, tree.stop, tree.step))
 
 
+Call = tuple[Any, Any, Any]  # operation, arguments and keyword arguments, hashable
+
+
 @dataclass(frozen=True)
 class Operation:
     """One call. Slots below the number of inputs are the inputs, the others earlier results.
 
     `new` lists the bytes of the storages that the call allocates (several for a tuple); `holds` says which storages
     the result refers to: `(-1, j)` is its own j-th new one, `(slot, j)` the j-th that `slot` holds (a view, an item).
-    `call` describes the arguments (shapes, strides, types) where the call may need memory beyond its results.
+    `call` describes the call (shapes, strides, types) where it may need memory beyond its results.
     """
 
     target: Any
@@ -67,7 +70,7 @@ class Operation:
     holds: tuple[tuple[int, int], ...] = ()
     flops: float = 0.0
     moved: int = 0
-    call: tuple[Any, Any] | None = field(default=None, compare=False, repr=False)
+    call: Call | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def reads(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ._torch_compat import FakeTensorMode, OpOverload, make_fx, tree_flatten
 from .cost import count_flops
-from .graph import Operation, Ref
+from .graph import Call, Operation, Ref
 from .workspace import frozen_call
 
 
@@ -27,12 +27,16 @@ def storage_keys(value: Any) -> list[int]:
     return [tensor.untyped_storage()._cdata for tensor in tensors_of(value)]
 
 
-def call_of(node: fx.Node) -> tuple[Any, Any] | None:
-    """What the memory need of a call depends on; None for pointwise operations, which need none."""
-    if not isinstance(node.target, OpOverload) or torch.Tag.pointwise in node.target.tags:
+def call_of(node: fx.Node) -> Call | None:
+    """What the memory need of a call depends on; None for pointwise operations on one type, which need none."""
+    if not isinstance(node.target, OpOverload):
         return None
+    operands = [tensor for argument in node.all_input_nodes for tensor in tensors_of(argument.meta.get("val"))]
+    kinds = {(tensor.dtype, tensor.device) for tensor in (*operands, *tensors_of(node.meta.get("val")))}
+    if torch.Tag.pointwise in node.target.tags and len(kinds) == 1:
+        return None  # of several types, CPU kernels copy operands to the common one
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: item.meta.get("val"))
-    return frozen_call(args, kwargs)
+    return (node.target, *frozen_call(args, kwargs))
 
 
 class Recorder:

@@ -56,7 +56,7 @@ class Workspaces:
     found: dict[object, int] = field(default_factory=dict)
 
     def __call__(self, operation: Operation) -> int:
-        return 0 if operation.call is None else self._of(operation.target, *operation.call)
+        return 0 if operation.call is None else self._of(*operation.call)
 
     def of_call(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
         """Of a call in a generated wrapper: a `wrapper_memory.Workspace`."""
