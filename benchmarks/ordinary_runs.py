@@ -1,0 +1,193 @@
+"""One ordinary model against its peers: plain, checkpoints by hand, torch's own budget, and ours at many budgets."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from main_job_runs import Variant
+from torch import Tensor, nn
+from torch._functorch import config as functorch_config
+from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
+from torch._inductor import config as inductor_config
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from examples.ordinary import MODELS, build, loss
+from moonwalk_compile import BudgetError, moonwalk_compile
+from moonwalk_compile.measure import compare_steps, time_interleaved
+from moonwalk_compile.passes._torch_compat import dynamo_aot_autograd
+from moonwalk_compile.passes.lower import boxed_eager
+
+aten = torch.ops.aten
+EXPENSIVE = [
+    *(aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default),
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+]
+TORCH_BUDGETS = (0.7, 0.5, 0.3, 0.1)
+
+
+@dataclass
+class Figure:
+    """What one variant of one model took. Bytes; times relative to plain's in the same lowering.
+
+    `budget` and the predictions are of ours; `against` names the peer whose measured peak was the budget, and then
+    `against_ratio` is the time relative to that peer's.
+    """
+
+    model: str
+    lowering: str
+    name: str
+    peak: int
+    time_ratio: float
+    gradients: int
+    budget: int | None = None
+    predicted: int | None = None
+    predicted_ratio: float | None = None
+    planning_s: float | None = None
+    exact: bool | None = None
+    error: float | None = None
+    against: str = ""
+    against_ratio: float | None = None
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Wrapped(nn.Module):
+    """A block under torch.utils.checkpoint; selective: results of expensive operations are kept."""
+
+    def __init__(self, block: nn.Module, selective: bool) -> None:
+        super().__init__()
+        self.block, self.selective = block, selective
+
+    def forward(self, *args: Tensor) -> Any:
+        if not self.selective:
+            return checkpoint(self.block, *args, use_reentrant=False)
+        return checkpoint(self.block, *args, use_reentrant=False, context_fn=keep_expensive)
+
+
+def keep_expensive() -> Any:
+    return create_selective_checkpoint_contexts(EXPENSIVE)
+
+
+def checkpointed(name: str, base: nn.Module, selective: bool) -> nn.Module:
+    model = copy.deepcopy(base)
+    for path in MODELS[name].blocks:
+        blocks = getattr(model, path)
+        setattr(model, path, nn.ModuleList(Wrapped(block, selective) for block in blocks))
+    return model
+
+
+def compile_peer(model: nn.Module, lowering: str, partition: Callable[..., Any]) -> nn.Module:
+    """In the eager lowering peers get what ours gets: arguments are freed after their last use."""
+    if lowering == "inductor":
+        model.compile(dynamic=False)
+    else:
+        boxed = lambda module, inputs: boxed_eager(module)  # noqa: E731
+        backend = dynamo_aot_autograd(
+            fw_compiler=boxed, bw_compiler=boxed, inference_compiler=boxed, partition_fn=partition
+        )
+        model.compile(backend=backend, dynamic=False)
+    return model
+
+
+@contextlib.contextmanager
+def torch_budget(part: float) -> Iterator[None]:
+    with functorch_config.patch(activation_memory_budget=part, donated_buffer=False, enable_autograd_cache=False):
+        yield
+
+
+def peers(name: str, base: nn.Module, inputs: Any, lowering: str) -> Iterator[tuple[str, Variant]]:
+    """Plain first. Each has run once, so that it is compiled under its own settings."""
+    plain = copy.deepcopy(base)
+    yield "plain", started(compile_peer(plain, lowering, default_partition), inputs)
+    for title, selective in (("checkpoint", False), ("selective", True)):
+        try:
+            model = compile_peer(checkpointed(name, base, selective), lowering, default_partition)
+            yield title, started(model, inputs)
+        except Exception as error:
+            print(f"{name}: {title} runs uncompiled; compiled: {first_line(error)}")
+            yield title, started(checkpointed(name, base, selective), inputs)
+    for part in TORCH_BUDGETS:
+        try:
+            model = compile_peer(copy.deepcopy(base), lowering, min_cut_rematerialization_partition)
+            with torch_budget(part):
+                variant = started(model, inputs)
+        except Exception as error:
+            print(f"{name}: torch's budget {part} does not run: {first_line(error)}")
+        else:
+            yield f"torch {part}", variant
+
+
+def started(model: nn.Module, inputs: Any) -> Variant:
+    torch._dynamo.reset()
+    variant = Variant(model, loss, inputs)
+    variant.step()
+    return variant
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+
+
+def ours(base: nn.Module, inputs: Any, lowering: str, budget: int) -> Variant:
+    return started(moonwalk_compile(copy.deepcopy(base), budget=budget, lowering=lowering), inputs)
+
+
+def smallest(base: nn.Module, inputs: Any, lowering: str) -> int:
+    try:
+        ours(base, inputs, lowering, 1)
+    except BudgetError as error:
+        return error.smallest_peak_bytes
+    raise AssertionError("a budget of one byte was met")
+
+
+def measure_model(name: str, lowering: str, scale: str, budgets: int, repeats: int) -> list[Figure]:
+    torch.manual_seed(0)
+    base, inputs = build(name, scale)
+    gradients = sum(p.numel() * p.element_size() for p in base.parameters() if p.requires_grad)
+    # Masks are to be comparable: Inductor would draw random numbers of its own.
+    with inductor_config.patch(fallback_random=True):
+        found = dict(peers(name, base, inputs, lowering))
+        peaks = {title: variant.peak() for title, variant in found.items()}
+        low = smallest(base, inputs, lowering)
+        high = max(peaks["plain"], low)
+        wanted = [(f"ours {i + 1}", round(high * (low / high) ** (i / (budgets - 1))), "") for i in range(budgets)]
+        wanted += [(f"ours at {title}", peak, title) for title, peak in peaks.items() if peak >= low]
+        made: dict[str, tuple[Variant, int, str]] = {}
+        for title, budget, against in wanted:
+            with contextlib.suppress(BudgetError):
+                made[title] = (ours(base, inputs, lowering, budget), budget, against)
+        variants = {**found, **{title: variant for title, (variant, _, _) in made.items()}}
+        figures = [Figure(name, lowering, title, peaks[title], 1.0, gradients) for title in found]
+        for title, (variant, budget, against) in made.items():
+            peak, plan = variant.peak(), variant.model.plan
+            comparison = compare_steps(variant.model, found["plain"].model, loss, inputs)
+            figures.append(
+                Figure(
+                    *(name, lowering, title, peak, 1.0, gradients, budget, plan.peak_bytes),
+                    predicted_ratio=plan.time_s / plan.plain_time_s,
+                    planning_s=plan.planning_s,
+                    exact=comparison.exact,
+                    error=comparison.gradient_error,
+                    against=against,
+                )
+            )
+        timings = time_interleaved({t: v.step for t, v in variants.items()}, repeats=repeats)
+    for figure in figures:
+        figure.time_ratio = timings[figure.name].ratio_to(timings["plain"])
+        if figure.against:
+            figure.against_ratio = timings[figure.name].ratio_to(timings[figure.against])
+    return figures
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else float("nan")
