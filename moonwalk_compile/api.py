@@ -5,14 +5,16 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .backend import compile_graph, device_of, needs_gradient, run_autograd
-from .errors import CaptureError, MoonwalkError
-from .options import Options
+from .errors import BudgetError, CaptureError, MoonwalkError
+from .front import CHECKPOINT, Front, points_of, undominated
+from .options import Budget, Options
 from .passes._torch_compat import (
     BackendCompilerFailed,
     FakeTensorMode,
@@ -152,7 +154,14 @@ class _Planned(Exception):
 
 def plan_only(model: nn.Module, inputs: tuple[Any, ...], options: Options, device: str | None = None) -> Plan:
     """The plan of a training step of `model`, without running it. Fake models and inputs allocate nothing."""
-    plans: list[Plan] = []
+    plan = planned_session(model, inputs, options, device).plan
+    assert plan is not None
+    return plan
+
+
+def planned_session(model: nn.Module, inputs: tuple[Any, ...], options: Options, device: str | None = None) -> Session:
+    """The session in which a training step of `model` was planned; nothing is lowered and nothing runs."""
+    sessions: list[Session] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         table = find_device(device) if device else device_of(example_inputs)
@@ -161,7 +170,7 @@ def plan_only(model: nn.Module, inputs: tuple[Any, ...], options: Options, devic
             run_autograd(session, gm, example_inputs)
         finally:
             if session.plan is not None:
-                plans.append(session.plan)
+                sessions.append(session)
         raise _Planned
 
     try:
@@ -170,23 +179,46 @@ def plan_only(model: nn.Module, inputs: tuple[Any, ...], options: Options, devic
         ours = unwrap(error)
         if isinstance(ours, MoonwalkError):
             raise ours from None
-        if not plans and not isinstance(ours, _Planned):
+        if not sessions and not isinstance(ours, _Planned):
             raise CaptureError(
                 "The model could not be captured as one graph", first_line(ours), "change the line named above"
             ) from error
-    if not plans:
+    if not sessions:
         raise CaptureError(
             "There is nothing to plan",
             "the model returned nothing that requires a gradient",
             "train it with parameters that require gradients",
         )
-    return plans[-1]
+    return sessions[-1]
 
 
-def plan_model(build: Callable[[], tuple[nn.Module, tuple[Any, ...]]], options: Options, device: str) -> Plan:
+Build = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
+
+
+def plan_model(build: Build, options: Options, device: str) -> Plan:
     """Build a model under fake tensors and plan its training step for the named device; no memory is allocated."""
+    plan = fake_session(build, options, device).plan
+    assert plan is not None
+    return plan
+
+
+def fake_session(build: Build, options: Options, device: str) -> Session:
     find_device(device)  # measured before fake tensors rule
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, inputs = build()
         model.train()
-        return plan_only(model, tuple(inputs), options, device)
+        return planned_session(model, tuple(inputs), options, device)
+
+
+def model_front(build: Build, options: Options, device: str, count: int) -> Front:
+    """The front of `count` plans of a model, captured and analysed once. Raises BudgetError for a budget below it."""
+    unbounded = replace(options, budget=Budget(fraction=100))
+    planner = fake_session(build, unbounded, device).planner
+    assert planner is not None
+    plain = planner.plain
+    budget = None if options.budget is None else options.budget.resolve(plain.peak)
+    points = undominated(points_of(planner, count, budget))
+    if budget is not None and points[-1].peak_bytes > budget:
+        raise BudgetError(budget, points[-1].peak_bytes, ())
+    notes = () if any(p.label == CHECKPOINT for p in points) else ("no module repeats: nothing to checkpoint by hand",)
+    return Front(device, options.lowering, plain.peak, plain.seconds, points, budget, notes)

@@ -14,7 +14,7 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from .errors import BudgetError, MoonwalkError, UsageError
@@ -25,6 +25,7 @@ from .targets import load_target, parse_spec
 from .usercode import reporting_user_code
 
 if TYPE_CHECKING:
+    from .front import Front
     from .report import Plan
 
 PLANNED, OVER_BUDGET, WRONG_USAGE, INTERNAL_ERROR = range(4)
@@ -58,24 +59,39 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="compile an unmodified model, train a step, compare with the prediction")
     demo.set_defaults(run=_demo)
     _add_plan(commands.add_parser("plan", help="plan a model's training step without allocating its memory"))
+    _add_pareto(commands.add_parser("pareto", help="all that is possible: peak against time, by plans like these"))
     return parser
 
 
+BUDGET_HELP = "bound on the peak: bytes, 512MiB, 2GiB, or 40%% of plain's"
+
+
 def _add_plan(parser: argparse.ArgumentParser) -> None:
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument("--budget", metavar="B", help=BUDGET_HELP)
+    slowdown = "without a budget: largest step time relative to plain's (default 1.5)"
+    goal.add_argument("--max-slowdown", metavar="R", type=float, help=slowdown)
+    _add_common(parser, "draw live memory over the step")
+    parser.set_defaults(run=_plan)
+
+
+def _add_pareto(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--points", metavar="N", type=int, default=12, help="plans to make (default 12)")
+    parser.add_argument("--budget", metavar="B", help=f"mark the plan of a {BUDGET_HELP}")
+    _add_common(parser, "draw peak against time")
+    parser.set_defaults(run=_pareto, max_slowdown=None)
+
+
+def _add_common(parser: argparse.ArgumentParser, drawing: str) -> None:
     add = parser.add_argument
     add("target", metavar="TARGET", help="package.module:callable or path/to/file.py:callable")
     spec = "an input, as f32[8,3,224,224] or i64[4,128]<50257; once for each"
     add("--input", metavar="SPEC", action="append", default=[], help=spec)
-    goal = parser.add_mutually_exclusive_group()
-    goal.add_argument("--budget", metavar="B", help="bound on the peak: bytes, 512MiB, 2GiB, or 40%% of plain's")
-    slowdown = "without a budget: largest step time relative to plain's (default 1.5)"
-    goal.add_argument("--max-slowdown", metavar="R", type=float, help=slowdown)
     add("--strategies", metavar="A,B", help=f"some of {','.join(STRATEGIES)} (default all)")
     add("--device", metavar="NAME", default="cpu", help=f"one of {', '.join(DEVICES)} (default cpu)")
     add("--lowering", metavar="L", help=f"{' or '.join(LOWERINGS)} (default {LOWERINGS[0]})")
-    add("--json", action="store_true", help="print the plan as JSON")
-    add("--plot", metavar="FILE", help="draw live memory over the step to a .png, .pdf or .svg file")
-    parser.set_defaults(run=_plan)
+    add("--json", action="store_true", help="print JSON instead of a table")
+    add("--plot", metavar="FILE", help=f"{drawing}, to a .png, .pdf or .svg file")
 
 
 def _version() -> str:
@@ -92,19 +108,33 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    options = _options(arguments)
+    from .api import plan_model
+
+    return _report(arguments, _options(arguments), plan_model)
+
+
+def _pareto(arguments: argparse.Namespace) -> int:
+    from .api import model_front
+
+    if arguments.points < 2:
+        raise UsageError("Wrong usage", f"--points {arguments.points} makes no front", "ask for at least 2 points")
+    return _report(arguments, _options(arguments), functools.partial(model_front, count=arguments.points))
+
+
+def _report(arguments: argparse.Namespace, options: Options, make: Callable[..., Plan | Front]) -> int:
+    """Print, and draw, what `make` finds about the target."""
     _check_device(arguments.device)
     if arguments.plot:
         check_plot_path(arguments.plot)
     try:
-        plan = _make_plan(arguments, options)
+        found = _on_target(arguments, options, make)
     except BudgetError as error:
         if arguments.json:
             print(_budget_error_as_json(error))
         raise
-    print(plan.to_json() if arguments.json else plan)
+    print(found.to_json() if arguments.json else found)
     if arguments.plot:
-        plan.plot(arguments.plot)
+        found.plot(arguments.plot)
         print(f"wrote {arguments.plot}", file=sys.stderr)
     return PLANNED
 
@@ -122,15 +152,13 @@ def _check_device(name: str) -> None:
         raise UsageError("Unknown device", what, f"use one of {', '.join(DEVICES)}")
 
 
-def _make_plan(arguments: argparse.Namespace, options: Options) -> Plan:
-    """What the model's code prints goes to stderr: stdout is for the plan."""
+def _on_target(arguments: argparse.Namespace, options: Options, make: Callable[..., Plan | Front]) -> Plan | Front:
+    """What the model's code prints goes to stderr: stdout is for the result."""
     specs = [parse_spec(text) for text in arguments.input]
     with contextlib.redirect_stdout(sys.stderr), _quiet_torch():
         target = load_target(arguments.target)
-        from .api import plan_model
-
         with reporting_user_code(f"planning {arguments.target}"):
-            return plan_model(functools.partial(target.build, specs), options, arguments.device)
+            return make(functools.partial(target.build, specs), options, arguments.device)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from .errors import UsageError
 from .units import format_bytes
 
 if TYPE_CHECKING:
+    from .front import Front
     from .report import Plan
 
 SUFFIXES = (".png", ".pdf", ".svg")
@@ -37,6 +38,18 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
         raise _cannot_plot("this plan carries no timelines", todo)
     figure = _figure_class()(figsize=(8.5, 4.6), layout="constrained")
     _draw(figure.add_subplot(), plan)
+    _save(figure, path)
+
+
+def plot_front(front: Front, path: str | Path) -> None:
+    """Draw `front` to `path`. Raises UsageError where that cannot be done."""
+    check_plot_path(path)
+    figure = _figure_class()(figsize=(8.5, 4.6), layout="constrained")
+    _draw_front(figure.add_subplot(), front)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: str | Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
@@ -131,3 +144,37 @@ def _style(axes: Any, plan: Plan, unit: str, top: float) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_TEXT)
+
+
+def _draw_front(axes: Any, front: Front) -> None:
+    top = max(point.peak_bytes for point in front.points)
+    scale, unit = next((s, u) for s, u in _UNITS if top >= s or s == 1)
+    ours = [point for point in front.points if point.label != "checkpoint"]
+    times = [point.time_s / front.plain_time_s for point in ours]
+    axes.step(
+        [p.peak_bytes / scale for p in ours], times, "o-", where="pre", color=_PLANNED, markersize=4, label="plans"
+    )
+    for point in front.points:
+        if point.label in _MARKERS:
+            marker, color, name = _MARKERS[point.label]
+            place = (point.peak_bytes / scale, point.time_s / front.plain_time_s)
+            text = f"{name}, {format_bytes(point.peak_bytes)}"
+            axes.plot(*place, marker, color=color, markersize=9, label=text, linestyle="none", zorder=4)
+    if front.budget_bytes is not None and front.budget_bytes <= 1.2 * top:
+        label = f"budget {format_bytes(front.budget_bytes)}"
+        axes.axvline(front.budget_bytes / scale, color=_BUDGET, linewidth=1.2, linestyle=(0, (5, 3)), label=label)
+    axes.set_title("Predicted peak and time of one training step", fontsize=11, loc="left", color=_TEXT)
+    axes.set_xlim(0, 1.08 * top / scale)
+    axes.set_xlabel(f"peak memory ({unit})", color=_TEXT)
+    axes.set_ylabel("time / plain backpropagation", color=_TEXT)
+    axes.grid(color="#e3e6e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+
+
+_MARKERS = {
+    "plain": ("s", _PLAIN, "plain backpropagation"),
+    "checkpoint": ("^", "#d98b1f", "each block checkpointed"),
+    "budget": ("D", _BUDGET, "within the budget"),
+}

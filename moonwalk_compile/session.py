@@ -64,6 +64,7 @@ class Session:
     forward: Half | None = None
     backward: Half | None = None
     analysis: Analysis | None = None
+    planner: Planner | None = None
     planned: Planned | None = None
     lowering_s: float = 0.0
     cornered: bool = False  # the budget left only the smallest plan
@@ -90,7 +91,7 @@ class Session:
             self.analysis, joint, self.options.lowering, workspaces.of_call if workspaces else no_workspace
         )
         planner = Planner(self.facts, self.options.strategies, self.certificates, self.options.tolerance)
-        plain = planner.plain
+        self.planner, plain = planner, planner.plain
         try:
             planned = self._settle(planner, plain)
         except NoPlan as error:

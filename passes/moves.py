@@ -74,6 +74,10 @@ class MoveMaker:
             index, index, "keep", self._keep_sets(index)[0] | drawn(self.analysis, self.analysis.blocks[index])
         )
 
+    def checkpoint(self, first: int, last: int) -> Segment:
+        """These blocks computed again in one go."""
+        return self._checkpoint(first, last)[0]
+
     def _translate(self, kept: Iterable[int], block: int) -> frozenset[int]:
         return frozenset(self.signatures[block][1][position] for position in kept)
 

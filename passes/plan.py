@@ -188,6 +188,11 @@ class Planner:
         schedule = emit(self.facts, segments)
         return measure_schedule(self.facts, segments, schedule, error=max((m.error for m in moves), default=0.0))
 
+    def arranged(self, segments: Iterable[Segment]) -> Planned:
+        """Emit and simulate segments that someone else has chosen."""
+        segments = tuple(segments)
+        return measure_schedule(self.facts, segments, emit(self.facts, segments))
+
     @cached_property
     def plain(self) -> Planned:
         """Plain backpropagation, as PyTorch runs it: all that the backward pass reads is kept, nothing written over."""
