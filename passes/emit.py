@@ -367,8 +367,8 @@ def emit(facts: Facts, segments: Sequence[Segment]) -> Schedule:
             emitter.ensure(edge.needs, 0)
             emitter.builder.emit(edge, 0)
     tangents = list(graph.tangents)
-    handed = [value for value in emitter.builder.inputs if value not in set(tangents)]
     gradients = _resolve(graph.gradients, emitter.builder)
+    handed = [value for value in emitter.builder.read_inputs(gradients) if value not in set(tangents)]
     backward = emitter.builder.finish(gradients, [*handed, *tangents])
     forward = emit_forward(analysis, handed)
     return Schedule(forward, backward, tuple(handed))

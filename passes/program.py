@@ -98,12 +98,19 @@ class Builder:
         for value in values:
             self.environment.pop(value, None)
 
+    def read_inputs(self, outputs: Iterable[Any]) -> list[int]:
+        """The inputs that an instruction or an output reads, in the order in which they were declared."""
+        read = {slot for instruction in self.instructions for slot in instruction.reads}
+        read |= {ref.slot for ref in refs_in(tuple(outputs))}
+        return [value for value, slot in self.inputs.items() if slot in read]
+
     def finish(self, outputs: Iterable[Any], order: Iterable[int] = ()) -> Program:
-        """Close the program. `order` names the inputs that come first (declared even when never read)."""
-        for value in order:
+        """Close the program. `order` names the inputs that come first, declared even when never read; others that
+        nobody reads are left out."""
+        outputs, first = tuple(outputs), list(order)
+        for value in first:
             if value not in self.inputs:
                 self.inputs[value] = self._new_slot()
-        first = list(order)
-        rest = [value for value in self.inputs if value not in set(first)]
+        rest = [value for value in self.read_inputs(outputs) if value not in set(first)]
         inputs = tuple((self.inputs[value], value) for value in [*first, *rest])
         return Program(inputs, tuple(self.instructions), tuple(outputs))

@@ -70,8 +70,9 @@ def test_inputs_come_in_the_given_order_and_are_declared_even_when_unread():
     build = builder()
     build.input(7)
     build.input(3)
-    program = build.finish([], order=[9, 3])
-    assert [value for _, value in program.inputs] == [9, 3, 7]
+    build.input(5)
+    program = build.finish([Ref(build.environment[7])], order=[9, 3])
+    assert [value for _, value in program.inputs] == [9, 3, 7], "5 is neither named nor read"
     assert len({slot for slot, _ in program.inputs}) == 3
 
 
