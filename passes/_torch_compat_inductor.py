@@ -3,8 +3,13 @@
 Nothing here has behaviour of its own. When a torch release moves one of these names, this file is the one to change.
 """
 
-# True while some profiler records.
+# The first profiler of torch, which reports allocations and prints nothing; and whether some profiler records.
+from torch._C._autograd import _disable_profiler_legacy as stop_profiler
+from torch._C._autograd import _enable_profiler_legacy as start_profiler
 from torch._C._autograd import _profiler_enabled as profiler_enabled
+from torch._C._profiler import ProfilerConfig as ProfilerConfig
+from torch._C._profiler import ProfilerState as ProfilerState
+from torch._C._profiler import _ExperimentalConfig as ExperimentalConfig
 
 # Lowering runs inside AOTAutograd, whose tracing context describes AOTAutograd's graph, not our pieces.
 from torch._guards import TracingContext as TracingContext
@@ -49,7 +54,10 @@ from torch.utils._pytree import tree_map as tree_map
 __all__ = [
     "AsyncCompile",
     "CompiledFxGraph",
+    "ExperimentalConfig",
     "FakeTensorMode",
+    "ProfilerConfig",
+    "ProfilerState",
     "TracingContext",
     "V",
     "compile_fx_inner",
@@ -60,6 +68,8 @@ __all__ = [
     "pick_vec_isa",
     "profiler_enabled",
     "select_decomp_table",
+    "start_profiler",
+    "stop_profiler",
     "tracing",
     "tree_leaves",
     "tree_map",

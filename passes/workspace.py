@@ -14,9 +14,18 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from ._torch_compat_inductor import disable_current_modes, profiler_enabled, tree_leaves, tree_map
+from ._torch_compat_inductor import (
+    ExperimentalConfig,
+    ProfilerConfig,
+    ProfilerState,
+    disable_current_modes,
+    profiler_enabled,
+    start_profiler,
+    stop_profiler,
+    tree_leaves,
+    tree_map,
+)
 from .graph import Operation
 from .wrapper_memory import ProfileUnknown
 
@@ -114,15 +123,18 @@ def _measure(operation: Any, args: Any, kwargs: Any, threads: int) -> int:
 
 
 def _cpu_peak(run: Callable[[], Any]) -> int:
-    """From the allocator's events, which only the profiler reports; there can be one profiler at a time."""
+    """From the allocator's events, which only a profiler reports; there can be one at a time. The old one is quiet,
+    where Kineto writes a line at each start and stop."""
     if profiler_enabled():
         raise ProfileUnknown("cannot measure an operation's workspace while a profiler is running")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+    start_profiler(ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, ExperimentalConfig()))
+    try:
         result = run()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    finally:
+        threads = stop_profiler()
     live = top = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
+    for event in (event for events in threads for event in events if event.kind() == "memory_alloc"):
+        live += event.cpu_memory_usage()
         top = max(top, live)
     del result
     return top - live
