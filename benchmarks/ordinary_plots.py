@@ -11,7 +11,7 @@ from ordinary_runs import Figure
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-MARKERS = {"plain": "s", "checkpoint": "^", "selective": "v"}
+MARKERS = {"plain": ("s", "tab:gray"), "checkpoint": ("^", "tab:orange"), "selective": ("v", "tab:green")}
 
 
 def plot_models(figures: Sequence[Figure], folder: Path) -> None:
@@ -22,7 +22,7 @@ def plot_models(figures: Sequence[Figure], folder: Path) -> None:
 
 
 def plot_model(rows: Sequence[Figure], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
     ours = sorted((row for row in rows if row.budget is not None and not row.against), key=lambda row: row.peak)
     axes.plot([r.peak / 2**20 for r in ours], [r.time_ratio for r in ours], "o-", label="moonwalk_compile", zorder=3)
     budgets = sorted((row for row in rows if row.name.startswith("torch ")), key=lambda row: row.name)
@@ -33,13 +33,14 @@ def plot_model(rows: Sequence[Figure], path: Path) -> None:
     )
     for row in rows:
         if row.name in MARKERS:
-            axes.plot(row.peak / 2**20, row.time_ratio, MARKERS[row.name], label=row.name, markersize=9)
+            marker, color = MARKERS[row.name]
+            place = (row.peak / 2**20, row.time_ratio)
+            axes.plot(*place, marker, color=color, label=row.name, markersize=9, linestyle="none")
     axes.set_xlabel("measured peak (MiB)")
     axes.set_ylabel("time of a step / plain")
     axes.set_title(f"{rows[0].model}, {rows[0].lowering} lowering")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
