@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import fnmatch
 import json
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +23,7 @@ import torch
 from main_job_cases import CASES, cold_start
 from main_job_runs import Row, Settings
 from tabulate import tabulate
+from workers import mebibytes, run_worker, select
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +53,7 @@ def main() -> int:
         rows = CASES[options.worker](options.worker, settings)
         print(json.dumps([row.to_json() for row in rows]))
         return 0
-    rows = run_cases(select(options.case), settings, options.timeout)
+    rows = run_cases(select(CASES, options.case), settings, options.timeout)
     if options.markdown:
         print(heading(settings))
     print(format_rows(rows, "github" if options.markdown else "simple"))
@@ -74,14 +73,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def select(patterns: Sequence[str] | None) -> list[str]:
-    """Names of the wanted cases in the order of the table; ends the program if there is none."""
-    names = [name for name in CASES if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns or ["*"])]
-    if not names:
-        sys.exit(f"no such case; there are {', '.join(CASES)}")
-    return names
-
-
 def run_cases(names: Sequence[str], settings: Settings, timeout: float) -> list[Row]:
     rows = []
     for name in names:
@@ -91,25 +82,13 @@ def run_cases(names: Sequence[str], settings: Settings, timeout: float) -> list[
 
 
 def run_case(name: str, settings: Settings, timeout: float) -> list[Row]:
-    command = [sys.executable, __file__, "--worker", name, "--lowering", settings.lowering, "--scale", settings.scale]
-    command += ["--repeats", str(settings.repeats)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return [failed(name, f"took more than {timeout:g} s")]
-    if done.returncode != 0:
-        sys.stderr.write(done.stderr)
-        return [failed(name, last_line(done.stderr) or f"exit status {done.returncode}")]
-    return [Row(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+    command = [__file__, "--worker", name, "--lowering", settings.lowering, "--scale", settings.scale]
+    rows, reason = run_worker([*command, "--repeats", str(settings.repeats)], timeout)
+    return [failed(name, reason)] if rows is None else [Row(**row) for row in rows]
 
 
 def failed(name: str, reason: str) -> Row:
     return Row(name, "", note=reason, verdicts=[("runs", False)])
-
-
-def last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else ""
 
 
 def heading(settings: Settings) -> str:
@@ -148,10 +127,6 @@ def cells(row: Row) -> list[str]:
         "; ".join(f"{demand}: {'yes' if met else 'NO'}" for demand, met in row.verdicts),
         row.note,
     ]
-
-
-def mebibytes(n: int | None) -> str:
-    return "" if n is None else f"{n / 2**20:.1f}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -86,12 +85,15 @@ def checkpointed(name: str, base: nn.Module, selective: bool) -> nn.Module:
     return model
 
 
+def boxed(module: Any, inputs: Any) -> Callable[..., Any]:
+    return boxed_eager(module)
+
+
 def compile_peer(model: nn.Module, lowering: str, partition: Callable[..., Any]) -> nn.Module:
     """In the eager lowering peers get what ours gets: arguments are freed after their last use."""
     if lowering == "inductor":
         model.compile(dynamic=False)
     else:
-        boxed = lambda module, inputs: boxed_eager(module)  # noqa: E731
         backend = dynamo_aot_autograd(
             fw_compiler=boxed, bw_compiler=boxed, inference_compiler=boxed, partition_fn=partition
         )
@@ -187,7 +189,3 @@ def measure_model(name: str, lowering: str, scale: str, budgets: int, repeats: i
         if figure.against:
             figure.against_ratio = timings[figure.name].ratio_to(timings[figure.against])
     return figures
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else float("nan")

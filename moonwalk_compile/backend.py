@@ -102,7 +102,7 @@ class CompiledStep:
         self.current = self._compile(inputs)
 
     def _compile(self, inputs: Sequence[Any], certificates: Any = None) -> Callable[..., Any]:
-        if self.options.lowering == "inductor":
+        if self.options.lowering == "inductor" and self.device.name == "cpu":
             warm_up()
         session = Session(self.options, self.device, inputs, certificates=certificates or {})
         compiled = run_autograd(session, self.gm, inputs)

@@ -147,18 +147,20 @@ def _style(axes: Any, plan: Plan, unit: str, top: float) -> None:
 
 
 def _draw_front(axes: Any, front: Front) -> None:
+    from .front import CHECKPOINT, MARKS  # with it comes the planner, which the command line loads late
+
     top = max(point.peak_bytes for point in front.points)
     scale, unit = next((s, u) for s, u in _UNITS if top >= s or s == 1)
-    ours = [point for point in front.points if point.label != "checkpoint"]
+    ours = [point for point in front.points if point.label != CHECKPOINT]
     times = [point.time_s / front.plain_time_s for point in ours]
     axes.step(
         [p.peak_bytes / scale for p in ours], times, "o-", where="pre", color=_PLANNED, markersize=4, label="plans"
     )
     for point in front.points:
-        if point.label in _MARKERS:
-            marker, color, name = _MARKERS[point.label]
+        if point.label:
+            marker, color = _MARKERS[point.label]
             place = (point.peak_bytes / scale, point.time_s / front.plain_time_s)
-            text = f"{name}, {format_bytes(point.peak_bytes)}"
+            text = f"{MARKS[point.label]}, {format_bytes(point.peak_bytes)}"
             axes.plot(*place, marker, color=color, markersize=9, label=text, linestyle="none", zorder=4)
     if front.budget_bytes is not None and front.budget_bytes <= 1.2 * top:
         label = f"budget {format_bytes(front.budget_bytes)}"
@@ -173,8 +175,4 @@ def _draw_front(axes: Any, front: Front) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-_MARKERS = {
-    "plain": ("s", _PLAIN, "plain backpropagation"),
-    "checkpoint": ("^", "#d98b1f", "each block checkpointed"),
-    "budget": ("D", _BUDGET, "within the budget"),
-}
+_MARKERS = {"plain": ("s", _PLAIN), "checkpoint": ("^", "#d98b1f"), "budget": ("D", _BUDGET)}

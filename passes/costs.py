@@ -59,7 +59,8 @@ def forward_program(facts: Facts, segment: Segment, handed: Iterable[int]) -> Pr
     handed = list(handed)
     emitter = ForwardEmitter(analysis, handed)
     blocks = [analysis.blocks[index] for index in segment.span]
-    inputs = [value for value in blocks[0].live_in if value not in facts.passing(segment.span)]
+    passing = facts.passing(segment.span)
+    inputs = [value for value in blocks[0].live_in if value not in passing]
     for value in inputs:
         emitter.builder.input(value)
     emitter.run((edge for block in blocks for edge in block.forward), analysis.block_of)

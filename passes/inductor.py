@@ -75,7 +75,6 @@ def lower(
     `workspace`: what operations hold within their call. `profiled=False` skips the reading of the wrapper and leaves
     `profile` and `outputs` empty. Raises `ProfileUnknown`; compile errors are Inductor's own.
     """
-    warm_up().exception()  # an error of the search comes again where it matters
     constants = _constants(gm)
     values = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
     static = [*static_inputs, *range(len(values), len(values) + len(constants))]
@@ -107,6 +106,7 @@ def warm_up() -> Future[Any]:
 @contextlib.contextmanager
 def kernels_in_background() -> Iterator[None]:
     """Inside, C++ kernels compile in the background while further pieces are lowered; at the end all are there."""
+    warm_up().exception()  # an error of the search comes again where it matters
     waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
     thread, wait = threading.get_ident(), AsyncCompile.wait
 

@@ -76,7 +76,8 @@ class MoveMaker:
 
     def checkpoint(self, first: int, last: int) -> Segment:
         """These blocks computed again in one go."""
-        return self._checkpoint(first, last)[0]
+        kept = frozenset(self.analysis.blocks[first].live_in).union(*self.residues[first : last + 1])
+        return Segment(first, last, "checkpoint", kept)
 
     def _translate(self, kept: Iterable[int], block: int) -> frozenset[int]:
         return frozenset(self.signatures[block][1][position] for position in kept)
@@ -138,8 +139,7 @@ class MoveMaker:
         return [self._translate(kept, index) for kept in self.keep_positions[kind]]
 
     def _checkpoint(self, first: int, last: int) -> tuple[Segment, Cost | None]:
-        kept = frozenset(self.analysis.blocks[first].live_in).union(*self.residues[first : last + 1])
-        segment = Segment(first, last, "checkpoint", kept)
+        segment = self.checkpoint(first, last)
         return segment, self._cost("checkpoint", segment) if last - first < self.longest else None
 
     def _checkpoint_moves(self, last: int) -> list[Move]:
@@ -174,14 +174,14 @@ class MoveMaker:
             first = last - length + 1
             if first < 0 or length > 4 * self.longest or "checkpoint" not in self.strategies:
                 break
-            outer = self._checkpoint(first, last)[0]
+            outer = self.checkpoint(first, last)
             for option in self.nesting.options(first, last):
                 if option.nested:
                     moves.append(Move(outer, self.nesting.cost(first, last, option), pieces=option.pieces))
         return moves
 
     def _inner(self, first: int, last: int, keep: int | None) -> Segment:
-        return self._checkpoint(first, last)[0] if keep is None else self._keep_moves(first)[keep].segment
+        return self.checkpoint(first, last) if keep is None else self._keep_moves(first)[keep].segment
 
     def _chain_moves(self, last: int) -> list[Move]:
         moves = []

@@ -58,10 +58,10 @@ class Like:
 
 @dataclass
 class Workspaces:
-    """The workspace of operations by trial, for the planner. Those above `limit` bytes are not tried (counted as 0)."""
+    """The workspace of operations by trial, for the planner. What cannot be tried, or has more than `limit` bytes of
+    operands, counts as 0."""
 
     limit: float = math.inf
-    unknown: set[str] = field(default_factory=set)
     found: dict[object, int] = field(default_factory=dict)
 
     def __call__(self, operation: Operation) -> int:
@@ -84,7 +84,6 @@ class Workspaces:
                 raise ProfileUnknown("too large to be tried")
             return _measure(target, args, kwargs, torch.get_num_threads()) if likes else 0
         except ProfileUnknown:
-            self.unknown.add(getattr(target, "__name__", str(target)))
             return 0
 
 

@@ -23,7 +23,7 @@ def build():
 
 
 @pytest.fixture
-def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def target(tmp_path: Path) -> str:
     text = "from examples import gpt\ndef build(): return gpt.build(blocks=4, width=32, heads=2, batch=2, tokens=32)\n"
     (tmp_path / "small_gpt.py").write_text(text)
     return f"{tmp_path / 'small_gpt.py'}:build"

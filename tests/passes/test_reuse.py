@@ -121,6 +121,7 @@ def test_a_chain_stays_in_one_place():
         ("read later", [("mm", (0, 1)), ("neg", (2,)), ("mm", (2, 3))], [4], 1),
         ("an output", [("mm", (0, 1)), ("neg", (2,))], [2, 3], 1),
         ("a view is read later", [("mm", (0, 1)), ("t", (2,)), ("neg", (2,)), ("mm", (3, 4))], [5], 2),
+        ("a silent view", [("mm", (0, 1)), ("unsafe_view", (2,)), ("neg", (2,)), ("mm", (3, 4))], [5], 2),
         ("it may be a view", [("mm", (0, 1)), ("reshape", (2,)), ("neg", (2,)), ("mm", (3, 4))], [5], 2),
         ("two operands share it", [("mm", (0, 1)), ("t", (2,)), ("add", (2, 3))], [4], 2),
         ("another layout", [("mm", (0, 1)), ("t", (2,)), ("add", (0, 3))], [4], 2),
