@@ -18,6 +18,9 @@ from torch._guards import tracing as tracing
 # Inductor's process-wide switches; only ever patched for the duration of one call.
 from torch._inductor import config as inductor_config
 
+# Asks which arguments of a backward graph may be overwritten (`get_donated_idxs`).
+from torch._inductor import graph as inductor_graph
+
 # What generated modules call to wait for their kernels, and the search for this processor's vector instructions.
 from torch._inductor.async_compile import AsyncCompile as AsyncCompile
 
@@ -64,6 +67,7 @@ __all__ = [
     "disable_current_modes",
     "extern_kernels",
     "inductor_config",
+    "inductor_graph",
     "joint_graph_passes",
     "pick_vec_isa",
     "profiler_enabled",

@@ -232,7 +232,8 @@ class BackwardEmitter:
 
     def run(self, segment: Segment) -> None:
         if segment.strategy == "moonwalk":
-            self._moonwalk(segment)
+            self.spine(segment)
+            self.sweep(segment)
             return
         if segment.inner:
             self._nested(segment)
@@ -268,8 +269,8 @@ class BackwardEmitter:
             self.ensure(edge.needs, block.index)
             self.builder.emit(edge, block.index)
 
-    def _moonwalk(self, segment: Segment) -> None:
-        """The spine from last block to first, then the sweep from first to last."""
+    def spine(self, segment: Segment) -> None:
+        """The input cotangents of a moonwalk segment, from last block to first."""
         blocks = [self.analysis.blocks[index] for index in segment.span]
         leaving = {*blocks[0].cotangents_out}
         before = set(self.builder.environment)
@@ -279,6 +280,10 @@ class BackwardEmitter:
             self.ensure(block.cotangents_out, block.index)
         inside = (set(self.builder.environment) - before) | {*blocks[-1].cotangents_in}
         self.builder.forget(inside - leaving)
+
+    def sweep(self, segment: Segment) -> None:
+        """The gradients of a moonwalk segment, from first block to last."""
+        blocks = [self.analysis.blocks[index] for index in segment.span]
         for block in blocks:
             self.routes.update(self.facts.sweep(block.index).edge)
         for block in blocks:
@@ -353,14 +358,25 @@ def stored(analysis: Analysis, value: int) -> int:
     return value if pack is None else pack.kept
 
 
-def emit(facts: Facts, segments: Sequence[Segment]) -> Schedule:
-    """The two programs of a plan. Raises `Unreachable` when the segments do not keep enough."""
+def emit(facts: Facts, segments: Sequence[Segment], sweeps_last: bool = False) -> Schedule:
+    """The two programs of a plan. Raises `Unreachable` when the segments do not keep enough.
+
+    With `sweeps_last`, the sweep of a moonwalk segment waits until all before the segment has run backward: then the
+    cotangents that it begins with need not stay alive to its end.
+    """
     analysis, graph = facts.analysis, facts.analysis.graph
     kept = {value for segment in segments for value in segment.kept}
     given = {*graph.tangents, *graph.output_values}
     emitter = BackwardEmitter(facts, kept, given)
+    waiting = []
     for segment in reversed(segments):
-        emitter.run(segment)
+        if sweeps_last and segment.strategy == "moonwalk":
+            emitter.spine(segment)
+            waiting.append(segment)
+        else:
+            emitter.run(segment)
+    for segment in reversed(waiting):
+        emitter.sweep(segment)
     emitter.ensure(graph.gradient_values, 0)
     for edge in graph.stage_edges("backward"):
         if edge.effect:

@@ -30,6 +30,7 @@ from ._torch_compat_inductor import (
     compile_fx_inner,
     disable_current_modes,
     inductor_config,
+    inductor_graph,
     joint_graph_passes,
     pick_vec_isa,
     select_decomp_table,
@@ -64,14 +65,17 @@ def lower(
     *,
     is_backward: bool,
     static_inputs: Sequence[int] = (),
+    donated: Sequence[int] = (),
     exact_strides: Sequence[int] | None = None,
     workspace: Workspace = no_workspace,
     profiled: bool = True,
 ) -> Lowered:
     """Compile `gm` (placeholders carry `meta["val"]`, the output is a flat tuple or list) and profile the result.
 
-    `static_inputs`: arguments at the same address in every call (parameters, buffers). `exact_strides`: outputs that
-    must have the strides of their fake values (default: all); Inductor picks the others' (`outputs[i].stride` tells).
+    `static_inputs`: arguments at the same address in every call (parameters, buffers). `donated`: arguments of a
+    backward piece whose memory nobody reads afterwards, so that results may be written over them. `exact_strides`:
+    outputs that must have the strides of their fake values (default: all); Inductor picks the others'
+    (`outputs[i].stride` tells).
     `workspace`: what operations hold within their call. `profiled=False` skips the reading of the wrapper and leaves
     `profile` and `outputs` empty. Raises `ProfileUnknown`; compile errors are Inductor's own.
     """
@@ -79,10 +83,11 @@ def lower(
     values = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
     static = [*static_inputs, *range(len(values), len(values) + len(constants))]
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    with _isolated(mode):
+    with _isolated(mode, donated):
         fakes = [separate(value, mode) for value in (*values, *constants.values())]
         traced = _decompose(gm, list(constants), fakes, mode)
         _keep_strides(traced, exact_strides)
+        traced.meta["donated"] = list(donated)  # for Inductor's cache key, as below
         compiled = compile_fx_inner(traced, fakes, is_backward=is_backward, static_input_idxs=static)
     if not isinstance(compiled, CompiledFxGraph):
         return _pass_through(traced, list(constants.values()), len(values))
@@ -125,12 +130,12 @@ def kernels_in_background() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _isolated(mode: FakeTensorMode) -> Iterator[None]:
+def _isolated(mode: FakeTensorMode, donated: Sequence[int]) -> Iterator[None]:
     """Hide the surrounding compilation, and fix the switches that the calling convention and the replay rely on.
 
-    AOTAutograd's tracing context would tell Inductor which of *its* backward inputs it may overwrite (donated
-    buffers), and collects the output strides of *its* graph; both are wrong for a piece. A context of our own, with a
-    shape environment, is what Inductor's graph cache asks for.
+    AOTAutograd's tracing context would tell Inductor which of *its* backward inputs it may overwrite, and collects the
+    output strides of *its* graph; both are wrong for a piece. A context of our own, with a shape environment, is what
+    Inductor's graph cache asks for. Which arguments may be overwritten is said where Inductor asks.
     """
     switches = {
         "freezing": False,
@@ -142,7 +147,8 @@ def _isolated(mode: FakeTensorMode) -> Iterator[None]:
         "wrap_inductor_compiled_regions": False,
     }
     context = TracingContext(mode)
-    with tracing(context), disable_current_modes(), inductor_config.patch(switches), torch.no_grad():
+    overwritable = patch.object(inductor_graph, "get_donated_idxs", lambda: list(donated))
+    with overwritable, tracing(context), disable_current_modes(), inductor_config.patch(switches), torch.no_grad():
         yield
 
 

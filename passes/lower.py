@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,36 @@ def boxed_sequence(program: Program, calls: Sequence[_Call]) -> Boxed:
     return run
 
 
+class Ownership:
+    """Which slots of an outer program stand for memory that one of its pieces has allocated, and that no other shares.
+
+    What came from outside is never among them: saved tensors are read again where a graph is retained.
+    """
+
+    def __init__(self) -> None:
+        self.storage: dict[int, tuple[int, int]] = {}
+
+    def owned(self, piece: Piece, fakes: Mapping[int, Any]) -> tuple[int, ...]:
+        """The arguments of a piece whose memory dies in it."""
+        dying = [place for place in piece.dying if piece.arguments[place] in self.storage]
+        shared = Counter(self.storage.values())
+        alone = [place for place in dying if shared[self.storage[piece.arguments[place]]] == 1]
+        return tuple(place for place in alone if fakes[piece.arguments[place]].storage_offset() == 0)
+
+    def update(self, number: int, piece: Piece, done: Lowered) -> None:
+        """A piece has run: its results are there, and what died in it is gone."""
+        made = {}
+        for position, (slot, output) in enumerate(zip(piece.results, done.outputs, strict=True)):
+            if output.argument is not None:
+                if (owner := self.storage.get(piece.arguments[output.argument])) is not None:
+                    made[slot] = owner
+            elif output.bytes or output.output is not None:
+                made[slot] = (number, position if output.output is None else output.output)
+        for place in piece.dying:
+            self.storage.pop(piece.arguments[place], None)
+        self.storage |= made
+
+
 class Lowerer:
     """Lowers programs; every distinct piece is compiled once, also across plans of the same step."""
 
@@ -104,23 +135,28 @@ class Lowerer:
             pieces = cut_pieces(self.analysis, program, [program.instructions])
         calls, lowered = [], []
         fakes = {slot: self.analysis.fakes[value] for slot, value in program.inputs}
-        for piece in pieces:
-            done = self._compile(piece, is_backward, fakes)
+        ownership = Ownership()
+        for number, piece in enumerate(pieces):
+            donated = ownership.owned(piece, fakes) if is_backward else ()
+            done = self._compile(piece, is_backward, fakes, donated)
             lowered.append(done)
             fakes.update(self._results(piece, done))
+            ownership.update(number, piece, done)
             dying = tuple(piece.arguments[place] for place in piece.dying)
             calls.append(_Call(done.call, piece.arguments, dying, piece.results))
         timeline = replay_pieces(self.analysis, program, pieces, lowered, pinned)
         return Half(boxed_sequence(program, calls), timeline, len({piece.key for piece in pieces}))
 
-    def _compile(self, piece: Piece, is_backward: bool, fakes: Mapping[int, Any]) -> Lowered:
+    def _compile(self, piece: Piece, is_backward: bool, fakes: Mapping[int, Any], donated: tuple[int, ...]) -> Lowered:
         arguments = {slot: fakes[slot] for slot in piece.arguments}
         roles = [self.analysis.graph.values[value].role for _, value in piece.program.inputs]
-        key = (is_backward, piece.key, tuple(map(metadata, arguments.values())), tuple(roles))
+        key = (is_backward, piece.key, tuple(map(metadata, arguments.values())), tuple(roles), donated)
         if key not in self.compiled:
             module = to_module(self.analysis, piece.program, self.root, "MoonwalkPiece", arguments)
             static = [place for place, role in enumerate(roles) if role in ("parameter", "buffer")]
-            self.compiled[key] = lower(module, is_backward=is_backward, static_inputs=static, workspace=self.workspace)
+            self.compiled[key] = lower(
+                module, is_backward=is_backward, static_inputs=static, donated=donated, workspace=self.workspace
+            )
         return self.compiled[key]
 
     def _results(self, piece: Piece, done: Lowered) -> dict[int, Any]:

@@ -183,10 +183,14 @@ class Planner:
         return moves[::-1]
 
     def realise(self, moves: Sequence[Move]) -> Planned:
-        """Emit and simulate a chain of moves."""
+        """Emit and simulate a chain of moves, in the better order where sweeps may wait."""
         segments = tuple(self.maker.segment(move) for move in moves)
-        schedule = emit(self.facts, segments)
-        return measure_schedule(self.facts, segments, schedule, error=max((m.error for m in moves), default=0.0))
+        error = max((m.error for m in moves), default=0.0)
+        orders = (False, True) if any(s.strategy == "moonwalk" and s.first for s in segments) else (False,)
+        schedules = (emit(self.facts, segments, sweeps_last) for sweeps_last in orders)
+        return min(
+            (measure_schedule(self.facts, segments, schedule, error) for schedule in schedules), key=lambda p: p.peak
+        )
 
     def arranged(self, segments: Iterable[Segment]) -> Planned:
         """Emit and simulate segments that someone else has chosen."""

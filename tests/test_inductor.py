@@ -270,3 +270,18 @@ def test_peak_counts_arguments_until_they_are_dropped() -> None:
     assert peak(events, [100]) == 110
     assert peak(events, [0]) == 30
     assert peak(events, [15]) == 30
+
+
+@pytest.mark.parametrize("donated", [(), (0,)])
+def test_a_result_is_written_over_a_donated_argument_only(donated: tuple[int, ...]) -> None:
+    graph = Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(64, 64)
+    graph.output((graph.call_function(torch.ops.aten.sin.default, (x,)),))
+    done = lower(GraphModule(nn.Module(), graph), is_backward=True, donated=donated)
+    value = torch.randn(64, 64)
+    before, address = value.clone(), value.data_ptr()
+    (result,) = done.call([value])
+    assert torch.allclose(result, before.sin())
+    assert (result.data_ptr() == address) == (done.outputs[0].argument == 0) == (donated == (0,))
+    assert donated or torch.equal(value, before)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+
+import torch
 
 from moonwalk_compile.passes.analysis import Analysis
 from moonwalk_compile.passes.emit import Facts, Segment, emit
+from moonwalk_compile.passes.inductor import Lowered, OutputStorage
+from moonwalk_compile.passes.lower import Ownership
 from moonwalk_compile.passes.pieces import Piece, cut_pieces, group_by_block
 from moonwalk_compile.passes.program import Program
 
@@ -91,3 +96,35 @@ def test_arguments_die_in_the_last_piece_that_reads_them() -> None:
     for position, piece in enumerate(pieces):
         dying = {piece.arguments[place] for place in piece.dying}
         assert dying == {slot for slot in piece.arguments if last[slot] == position} - outputs
+
+
+def piece_of(arguments: Sequence[int], results: Sequence[int], dying: Sequence[int]) -> Piece:
+    return Piece(Program((), (), ()), tuple(arguments), tuple(results), tuple(dying), None)
+
+
+def made(*outputs: OutputStorage) -> Lowered:
+    return Lowered(lambda arguments: (), (), outputs, "")
+
+
+def test_only_memory_of_earlier_pieces_may_be_written_over():
+    """Slot 0 comes from outside; 1 and 2 are new, 3 is a view of 2, 4 a view of what came from outside."""
+    ownership = Ownership()
+    fakes = {slot: torch.empty(4) for slot in range(8)} | {1: torch.empty(8)[4:]}
+    first = piece_of([0], [1, 2, 3, 4, 5], [])
+    fresh = OutputStorage(bytes=16)
+    ownership.update(0, first, made(fresh, fresh, OutputStorage(output=1), OutputStorage(argument=0), fresh))
+    assert ownership.owned(piece_of([0, 5], [], [0, 1]), fakes) == (1,)
+    assert ownership.owned(piece_of([5, 0], [], []), fakes) == (), "it is read again later"
+    assert ownership.owned(piece_of([2], [], [0]), fakes) == (), "a view of it lives on"
+    assert ownership.owned(piece_of([2, 3], [], [0, 1]), fakes) == (), "both are read in the same piece"
+    assert ownership.owned(piece_of([4], [], [0]), fakes) == (), "its memory came from outside"
+    assert ownership.owned(piece_of([1], [], [0]), fakes) == (), "a part of something larger"
+
+
+def test_ownership_passes_on_with_the_memory():
+    ownership = Ownership()
+    fakes = {slot: torch.empty(4) for slot in range(8)}
+    ownership.update(0, piece_of([], [1], []), made(OutputStorage(bytes=16)))
+    ownership.update(1, piece_of([1], [2], [0]), made(OutputStorage(argument=0)))
+    assert ownership.owned(piece_of([2], [], [0]), fakes) == (0,)
+    assert 1 not in ownership.storage

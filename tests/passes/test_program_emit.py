@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moonwalk_compile.passes.analysis import Analysis
-from moonwalk_compile.passes.emit import Facts, Segment, Unreachable, emit, residue
+from moonwalk_compile.passes.emit import Facts, Schedule, Segment, Unreachable, emit, residue
 from moonwalk_compile.passes.graph import Ref
 from moonwalk_compile.passes.program import Builder, Program
 from moonwalk_compile.passes.verify import verify
@@ -136,6 +136,31 @@ def test_moonwalk_walks_the_spine_down_and_the_sweep_up():
     down, up = middle.cotangents_out[0], middle.cotangents_in[0]
     assert "inverse" in labels(schedule.backward)
     assert made.index(down) < made.index(up) < made.index(middle.gradients[0])
+
+
+def test_a_sweep_may_wait_for_all_that_lies_before_its_segment():
+    """The cotangent that the sweep begins with then dies in its first block, not behind the last."""
+    analysis = chain([Layer(), Layer(vijp=True), Layer(vijp=True), Layer(vijp=True)])
+    facts = Facts(analysis)
+    blocks = analysis.blocks
+    residuals = {v for i in (1, 2, 3) for v in facts.spine(i).residuals}
+    kept = frozenset(blocks[1].live_in) | frozenset(residuals)
+    segments = [Segment(0, 0, "keep", frozenset(blocks[0].demanded)), Segment(1, 3, "moonwalk", kept)]
+    at_once, waiting = (emit(facts, segments, sweeps_last) for sweeps_last in (False, True))
+    for schedule in (at_once, waiting):
+        verify(analysis, schedule)
+    gradients = [block.gradients[0] for block in blocks]
+    order = [i.value for i in waiting.backward.instructions if i.value in gradients]
+    assert order == gradients
+    assert [i.value for i in at_once.backward.instructions if i.value in gradients] == gradients[1:] + gradients[:1]
+
+    def held_to_the_end(schedule: Schedule) -> bool:
+        program = schedule.backward
+        down = next(i.slot for i in program.instructions if i.value == blocks[1].cotangents_out[0])
+        last = max(p for p, i in enumerate(program.instructions) if i.value == gradients[3])
+        return program.last_use[down] > last
+
+    assert held_to_the_end(at_once) and not held_to_the_end(waiting)
 
 
 def drawn_chain() -> tuple[Analysis, int]:
