@@ -138,10 +138,12 @@ class _Packer:
 
     def pack(self, value: int, packing: Packing, exact: bool) -> Pack | None:
         fake = self.capture.fake(value)
-        if not fake.is_contiguous():
+        source = self.capture.graph.definition[value].needs[0] if packing.of_argument else value
+        read = self.capture.fake(source)
+        if not (fake.is_contiguous() and read.is_contiguous() and fake.shape == read.shape):
             return None
         shape = tuple(fake.shape)
-        encode, bits = self.edge(lambda v: pack_bits(packing.encode(v)), value, fake, None, "bits")
+        encode, bits = self.edge(lambda v: pack_bits(v, *packing.between), source, read, None, "bits")
         target = value if exact else None
         decode, decoded = self.edge(
             lambda p: unpack_two(p, shape, packing.high, packing.low, fake.dtype),

@@ -1,6 +1,7 @@
-"""Packing a mask into one bit per element, and back into two values of any dtype.
+"""Packing into one bit per element, and back into two values of any dtype.
 
-Registered as operators so that both lowerings treat them as opaque calls without autograd.
+Registered as operators so that both lowerings treat them as opaque calls without autograd. The comparison is part of
+packing: a mask that Inductor writes on a CPU costs more than a matrix product.
 """
 
 from __future__ import annotations
@@ -14,21 +15,28 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 _library = Library("moonwalk_compile", "DEF")
-_library.define("pack_bits(Tensor mask) -> Tensor")
+_library.define("pack_bits(Tensor source, float low=0., float? high=None) -> Tensor")
 _library.define("strict_sign(Tensor source) -> Tensor")
 _library.define("unpack_two(Tensor packed, SymInt[] size, float high, float low, ScalarType dtype) -> Tensor")
 
 _GATHER = 0x0102040810204080  # times a word of eight 0/1 bytes: the top byte is the eight bits
 
 
-def _pack(mask: Tensor) -> Tensor:
-    """Eight elements at a time, in the words of an int64 view."""
-    flat = mask.reshape(-1)
+def _pack(source: Tensor, low: float = 0.0, high: float | None = None) -> Tensor:
+    """Which elements lie between `low` and `high` (or are True), eight at a time, in the words of an int64 view."""
+    flat = _mask(source, low, high).reshape(-1)
     if flat.storage_offset() % 8:  # a piece of a larger mask
         flat = flat.clone()
     if flat.numel() % 8:
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
     return ((flat.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
+
+
+def _mask(source: Tensor, low: float, high: float | None) -> Tensor:
+    if source.dtype == torch.bool:
+        return source
+    above = source > low
+    return above if high is None else above.logical_and_(source < high)
 
 
 @lru_cache(maxsize=64)
@@ -58,8 +66,8 @@ _library.impl("unpack_two", _unpack, "CompositeExplicitAutograd")
 
 
 @register_fake("moonwalk_compile::pack_bits")
-def _pack_fake(mask: Tensor) -> Tensor:
-    return mask.new_empty((mask.numel() + 7) // 8, dtype=torch.uint8)
+def _pack_fake(source: Tensor, low: float = 0.0, high: float | None = None) -> Tensor:
+    return source.new_empty((source.numel() + 7) // 8, dtype=torch.uint8)
 
 
 @register_fake("moonwalk_compile::strict_sign")

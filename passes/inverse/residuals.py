@@ -16,7 +16,7 @@ from .rule import Call, Packing
 
 
 def _zero_or_one(note: str) -> Packing:
-    return Packing(lambda value: value != 0, 1.0, 0.0, True, note)
+    return Packing(1.0, 0.0, True, note)
 
 
 def _bernoulli(call: Call, result: Tensor) -> Packing | None:
@@ -32,7 +32,7 @@ def _sign(call: Call, result: Tensor) -> Packing | None:
     """Not exact: where the argument is exactly zero, another subgradient is taken than torch's."""
     if not result.dtype.is_floating_point:
         return None
-    return Packing(lambda value: value > 0, 1.0, -1.0, False, "sign; an exact zero counts as negative")
+    return Packing(1.0, -1.0, False, "sign; an exact zero counts as negative", of_argument=True)
 
 
 def _index_of_pair(call: Call, result: Tensor) -> Packing | None:
@@ -66,7 +66,7 @@ def packing_of_value(call: Call, position: int = 0) -> Packing | None:
         return None
     place, output = given[position]
     if output.dtype == torch.bool:
-        return Packing(lambda value: value, 1.0, 0.0, True, "bool")
+        return Packing(1.0, 0.0, True, "bool")
     wanted, function = _RESULTS.get(call.name, (None, None))
     return function(call, output) if function is not None and wanted == place else None
 
@@ -76,10 +76,13 @@ def packing_of_value(call: Call, position: int = 0) -> Packing | None:
 
 @dataclass(frozen=True)
 class _Reader:
-    """A reader of `args[argument]`: which side it asks for, and a number on either side, from the call's constants."""
+    """A reader of `args[argument]` that asks on which side of two numbers it lies; and a number on either side.
+
+    All three follow from the call's constants.
+    """
 
     argument: int
-    side: Callable[[Tensor, list[Any]], Tensor]
+    between: Callable[[list[Any]], tuple[float, float | None]]
     inside: Callable[[list[Any]], float]
     outside: Callable[[list[Any]], float]
 
@@ -90,12 +93,10 @@ def _beyond(limit: float) -> float:
 
 
 _READERS: dict[str, _Reader] = {
-    "leaky_relu_backward": _Reader(1, lambda x, c: x > 0, lambda c: 1.0, lambda c: -1.0),
-    "threshold_backward": _Reader(1, lambda x, c: x > c[0], lambda c: _beyond(c[0]), lambda c: -_beyond(-c[0])),
-    "hardtanh_backward": _Reader(
-        1, lambda x, c: (x > c[0]) & (x < c[1]), lambda c: (c[0] + c[1]) / 2, lambda c: _beyond(c[1])
-    ),
-    "hardsigmoid_backward": _Reader(1, lambda x, c: (x > -3) & (x < 3), lambda c: 0.0, lambda c: 6.0),
+    "leaky_relu_backward": _Reader(1, lambda c: (0.0, None), lambda c: 1.0, lambda c: -1.0),
+    "threshold_backward": _Reader(1, lambda c: (c[0], None), lambda c: _beyond(c[0]), lambda c: -_beyond(-c[0])),
+    "hardtanh_backward": _Reader(1, lambda c: (c[0], c[1]), lambda c: (c[0] + c[1]) / 2, lambda c: _beyond(c[1])),
+    "hardsigmoid_backward": _Reader(1, lambda c: (-3.0, 3.0), lambda c: 0.0, lambda c: 6.0),
 }
 
 
@@ -109,10 +110,4 @@ def packing_of_reader(call: Call, position: int) -> Packing | None:
     if [ref.slot for ref in refs_in((call.args, call.kwargs))].count(position) > 1 or not tensor.is_floating_point():
         return None
     high, low = reader.inside(constants), reader.outside(constants)
-    return Packing(
-        lambda value: reader.side(value, constants),
-        high,
-        low,
-        False,
-        f"side of {call.name} {constants}",
-    )
+    return Packing(high, low, False, f"side of {call.name} {constants}", reader.between(constants))

@@ -76,17 +76,19 @@ class Region:
 
 @dataclass(frozen=True)
 class Packing:
-    """How a value may be kept as one bit per element: `encode` gives a bool tensor; set bits stand for `high`.
+    """How a value may be kept as one bit per element: whether it lies between two numbers, or is set if it is a bool.
 
-    With `exact` the stand-in equals the value wherever the rule applies; otherwise it only serves the readers that
-    look at its sign (or at its side of a threshold). It has the value's dtype.
+    Set bits stand for `high`, the others for `low`. With `exact` the stand-in equals the value wherever the rule
+    applies; otherwise it only serves the readers that look at its sign (or at its side of a threshold). It has the
+    value's dtype. With `of_argument` the bits are taken of the first argument of the call that made the value.
     """
 
-    encode: Callable[[Tensor], Tensor]
     high: float
     low: float
     exact: bool
     note: str = ""
+    between: tuple[float, float | None] = (0.0, None)
+    of_argument: bool = False
 
 
 Rule = Callable[[Call], Iterator[Recipe]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,6 +46,14 @@ def test_bits_are_packed_from_the_lowest():
 
 def test_the_last_byte_is_filled_with_zeros():
     assert pack_bits(torch.ones(11, dtype=torch.bool)).tolist() == [255, 7]
+
+
+def test_numbers_are_packed_by_the_side_that_they_are_on():
+    source = torch.tensor([-1.0, 0.0, 0.5, 1.0, 2.0, math.inf, math.nan, -math.inf])
+    assert pack_bits(source).tolist() == [0b00111100]
+    assert pack_bits(source, 0.5).tolist() == [0b00111000]
+    assert pack_bits(source, 0.0, 2.0).tolist() == [0b00001100]
+    assert pack_bits(torch.tensor([0, 1, 1])).tolist() == [6]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
