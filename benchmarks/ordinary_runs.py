@@ -10,17 +10,13 @@ from typing import Any
 
 import torch
 from main_job_runs import Variant
-from torch import Tensor, nn
-from torch._functorch import config as functorch_config
-from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
+from torch import nn
 from torch._inductor import config as inductor_config
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from examples.ordinary import MODELS, build, loss
-from moonwalk_compile import BudgetError, moonwalk_compile
+from examples.ordinary import build, loss
+from moonwalk_compile import BudgetError, moonwalk_compile, peers
 from moonwalk_compile.measure import compare_steps, time_interleaved
-from moonwalk_compile.passes._torch_compat import dynamo_aot_autograd
-from moonwalk_compile.passes.lower import boxed_eager
 
 aten = torch.ops.aten
 EXPENSIVE = [
@@ -60,73 +56,34 @@ class Figure:
         return asdict(self)
 
 
-class Wrapped(nn.Module):
-    """A block under torch.utils.checkpoint; selective: results of expensive operations are kept."""
-
-    def __init__(self, block: nn.Module, selective: bool) -> None:
-        super().__init__()
-        self.block, self.selective = block, selective
-
-    def forward(self, *args: Tensor) -> Any:
-        if not self.selective:
-            return checkpoint(self.block, *args, use_reentrant=False)
-        return checkpoint(self.block, *args, use_reentrant=False, context_fn=keep_expensive)
-
-
 def keep_expensive() -> Any:
     return create_selective_checkpoint_contexts(EXPENSIVE)
 
 
-def checkpointed(name: str, base: nn.Module, selective: bool) -> nn.Module:
-    model = copy.deepcopy(base)
-    for path in MODELS[name].blocks:
-        blocks = getattr(model, path)
-        setattr(model, path, nn.ModuleList(Wrapped(block, selective) for block in blocks))
-    return model
-
-
-def boxed(module: Any, inputs: Any) -> Callable[..., Any]:
-    return boxed_eager(module)
-
-
-def compile_peer(model: nn.Module, lowering: str, partition: Callable[..., Any]) -> nn.Module:
-    """In the eager lowering peers get what ours gets: arguments are freed after their last use."""
-    if lowering == "inductor":
-        model.compile(dynamic=False)
-    else:
-        backend = dynamo_aot_autograd(
-            fw_compiler=boxed, bw_compiler=boxed, inference_compiler=boxed, partition_fn=partition
-        )
-        model.compile(backend=backend, dynamic=False)
-    return model
-
-
-@contextlib.contextmanager
-def torch_budget(part: float) -> Iterator[None]:
-    with functorch_config.patch(activation_memory_budget=part, donated_buffer=False, enable_autograd_cache=False):
-        yield
-
-
-def peers(name: str, base: nn.Module, inputs: Any, lowering: str) -> Iterator[tuple[str, Variant]]:
+def variants_of_peers(name: str, base: nn.Module, inputs: Any, lowering: str) -> Iterator[tuple[str, Variant]]:
     """Plain first. Each has run once, so that it is compiled under its own settings."""
-    plain = copy.deepcopy(base)
-    yield "plain", started(compile_peer(plain, lowering, default_partition), inputs)
-    for title, selective in (("checkpoint", False), ("selective", True)):
+    yield "plain", started(peers.plain(base, lowering), inputs)
+    for title, context in (("checkpoint", None), ("selective", keep_expensive)):
         try:
-            model = compile_peer(checkpointed(name, base, selective), lowering, default_partition)
-            yield title, started(model, inputs)
+            yield title, started(peers.compiled(checkpointed(base, context), lowering), inputs)
         except Exception as error:
             print(f"{name}: {title} runs uncompiled; compiled: {first_line(error)}")
-            yield title, started(checkpointed(name, base, selective), inputs)
+            yield title, started(checkpointed(base, context), inputs)
     for part in TORCH_BUDGETS:
         try:
-            model = compile_peer(copy.deepcopy(base), lowering, min_cut_rematerialization_partition)
-            with torch_budget(part):
-                variant = started(model, inputs)
+            with peers.torch_budget(part):
+                variant = started(peers.under_torch_budget(base, lowering), inputs)
         except Exception as error:
             print(f"{name}: torch's budget {part} does not run: {first_line(error)}")
         else:
             yield f"torch {part}", variant
+
+
+def checkpointed(base: nn.Module, context: Callable[[], Any] | None) -> nn.Module:
+    """Selective: results of expensive operations are kept."""
+    found = peers.checkpointed(base, context)
+    assert found is not None
+    return found
 
 
 def started(model: nn.Module, inputs: Any) -> Variant:
@@ -158,7 +115,7 @@ def measure_model(name: str, lowering: str, scale: str, budgets: int, repeats: i
     gradients = sum(p.numel() * p.element_size() for p in base.parameters() if p.requires_grad)
     # Masks are to be comparable: Inductor would draw random numbers of its own.
     with inductor_config.patch(fallback_random=True):
-        found = dict(peers(name, base, inputs, lowering))
+        found = dict(variants_of_peers(name, base, inputs, lowering))
         peaks = {title: variant.peak() for title, variant in found.items()}
         low = smallest(base, inputs, lowering)
         high = max(peaks["plain"], low)

@@ -40,6 +40,7 @@ def moonwalk_compile(
     strategies: Iterable[str] = ("keep", "checkpoint", "invert", "moonwalk"),
     tolerance: float = 1e-4,
     lowering: str = "inductor",
+    profile: str = "model",
     example_inputs: Sequence[Any] | None = None,
     fullgraph: bool = True,
 ) -> Model:
@@ -52,13 +53,15 @@ def moonwalk_compile(
         strategies: what the planner may use.
         tolerance: largest predicted relative error of a parameter gradient that inversion may cause.
         lowering: "inductor", or "eager" (ATen kernels; gradients of kept and checkpointed parts bitwise as in eager).
+        profile: "model" predicts times by the rates of the device; "measure" times each distinct operation once on it,
+            and remembers that on disk.
         example_inputs: plan now, on inputs like these, instead of at the first call.
         fullgraph: capture the model as one graph; with False, graph breaks are allowed and each part gets the budget.
 
     `model.plan` is the `Plan` of the latest compilation (None before the first). Raises OptionError for a bad option;
     BudgetError where a budget cannot be met; with a budget, CaptureError where the model cannot be captured.
     """
-    options = Options(budget, max_slowdown, tuple(strategies), tolerance, lowering)  # type: ignore[arg-type]
+    options = Options(budget, max_slowdown, tuple(strategies), tolerance, lowering, profile)  # type: ignore[arg-type]
     driver = _Driver(model, options, fullgraph)
     model.plan = None  # type: ignore[assignment]
     # As `model.compile` does, but through a frame of ours: Dynamo skips a forward that belongs to torch.nn itself.

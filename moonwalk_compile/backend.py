@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .passes.inductor import lower, warm_up
 from .passes.lower import boxed_eager
 from .report import Plan
 from .session import Session, is_real
+from .units import format_bytes
 
 OnPlan = Callable[[Plan], None]
 REFRESH = (10, 50)  # steps at which certificates are measured again; then every REFRESH_EVERY
@@ -98,26 +100,64 @@ class CompiledStep:
         self.gm, self.options, self.on_plan = gm, options, on_plan
         self.device = device_of(inputs)
         self.steps = 0
+        self.overshoot: int | None = None  # bytes by which the first steps exceeded the prediction, and the budget
+        self.corrected = False
         self.session: Session
         self.current = self._compile(inputs)
 
-    def _compile(self, inputs: Sequence[Any], certificates: Any = None) -> Callable[..., Any]:
+    def _compile(self, inputs: Sequence[Any], certificates: Any = None, margin: int = 0) -> Callable[..., Any]:
         if self.options.lowering == "inductor" and self.device.name == "cpu":
             warm_up()
-        session = Session(self.options, self.device, inputs, certificates=certificates or {})
+        session = Session(
+            *(self.options, self.device, inputs),
+            certificates=certificates or {},
+            margin=margin,
+            on_measured=self._measured,
+        )
         compiled = run_autograd(session, self.gm, inputs)
         session.example_inputs = None  # nothing may outlive the step because of us
         self.session = session
-        if session.plan is not None and self.on_plan is not None:
-            self.on_plan(session.plan)
+        if session.plan is not None:
+            self._publish(session.plan)
         return compiled
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.is_grad_enabled():
             self.steps += 1
-            if self._due():
+            if self.overshoot is not None:
+                self._correct(arguments)
+            elif self._due():
                 self._refresh(arguments)
         return self.current(*arguments)
+
+    def _measured(self, peak: int) -> None:
+        """The first steps have run: the plan knows what they held."""
+        plan = self.session.plan
+        assert plan is not None
+        self._publish(replace(plan, measured_peak_bytes=peak))
+        if plan.budget_bytes is not None and peak > plan.budget_bytes and not self.corrected:
+            self.overshoot = peak - plan.peak_bytes
+
+    def _publish(self, plan: Plan) -> None:
+        self.session.plan = plan
+        if self.on_plan is not None:
+            self.on_plan(plan)
+
+    def _correct(self, arguments: Sequence[Any]) -> None:
+        """Plan again, once, for a budget that is smaller by what the prediction had missed."""
+        plan, overshoot = self.session.plan, self.overshoot
+        assert plan is not None and plan.measured_peak_bytes is not None and overshoot is not None
+        self.overshoot, self.corrected = None, True
+        if not is_real(arguments):
+            return
+        warnings.warn(
+            f"moonwalk: the first steps held {format_bytes(plan.measured_peak_bytes)}, above the budget of "
+            f"{format_bytes(plan.budget_bytes or 0)} (predicted: {format_bytes(plan.peak_bytes)}); planning again with "
+            f"{format_bytes(overshoot)} less",
+            stacklevel=3,
+        )
+        with disable_current_modes():
+            self.current = self._compile(arguments, self.session.certificates, overshoot)
 
     def _due(self) -> bool:
         planned = self.session.planned

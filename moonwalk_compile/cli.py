@@ -18,15 +18,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from .errors import BudgetError, MoonwalkError, UsageError
-from .options import LOWERINGS, STRATEGIES, Options, nearest
+from .options import LOWERINGS, PROFILES, STRATEGIES, Options, nearest
 from .passes.cost import DEVICES
 from .plot import check_plot_path
 from .targets import load_target, parse_spec
 from .usercode import reporting_user_code
 
 if TYPE_CHECKING:
+    from .bench import Bench
     from .front import Front
     from .report import Plan
+
+    Found = Plan | Front | Bench
 
 PLANNED, OVER_BUDGET, WRONG_USAGE, INTERNAL_ERROR = range(4)
 
@@ -60,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     _add_plan(commands.add_parser("plan", help="plan a model's training step without allocating its memory"))
     _add_pareto(commands.add_parser("pareto", help="all that is possible: peak against time, by plans like these"))
+    _add_bench(commands.add_parser("bench", help="measure a training step: plain, checkpointed, and as planned"))
     return parser
 
 
@@ -82,6 +86,16 @@ def _add_pareto(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_pareto, max_slowdown=None)
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument("--budget", metavar="B", help=BUDGET_HELP)
+    slowdown = "without a budget: largest step time relative to plain's (default 1.5)"
+    goal.add_argument("--max-slowdown", metavar="R", type=float, help=slowdown)
+    parser.add_argument("--repeats", metavar="N", type=int, default=7, help="interleaved runs (default 7)")
+    _add_common(parser, "draw measured and predicted peaks against time")
+    parser.set_defaults(run=_bench)
+
+
 def _add_common(parser: argparse.ArgumentParser, drawing: str) -> None:
     add = parser.add_argument
     add("target", metavar="TARGET", help="package.module:callable or path/to/file.py:callable")
@@ -90,6 +104,7 @@ def _add_common(parser: argparse.ArgumentParser, drawing: str) -> None:
     add("--strategies", metavar="A,B", help=f"some of {','.join(STRATEGIES)} (default all)")
     add("--device", metavar="NAME", default="cpu", help=f"one of {', '.join(DEVICES)} (default cpu)")
     add("--lowering", metavar="L", help=f"{' or '.join(LOWERINGS)} (default {LOWERINGS[0]})")
+    add("--profile", metavar="P", help=f"{' or '.join(PROFILES)}: predict times by a table, or time operations here")
     add("--json", action="store_true", help="print JSON instead of a table")
     add("--plot", metavar="FILE", help=f"{drawing}, to a .png, .pdf or .svg file")
 
@@ -121,7 +136,15 @@ def _pareto(arguments: argparse.Namespace) -> int:
     return _report(arguments, _options(arguments), functools.partial(model_front, count=arguments.points))
 
 
-def _report(arguments: argparse.Namespace, options: Options, make: Callable[..., Plan | Front]) -> int:
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import bench_model
+
+    if arguments.repeats < 1:
+        raise UsageError("Wrong usage", f"--repeats {arguments.repeats} measures nothing", "ask for at least 1")
+    return _report(arguments, _options(arguments), functools.partial(bench_model, repeats=arguments.repeats))
+
+
+def _report(arguments: argparse.Namespace, options: Options, make: Callable[..., Found]) -> int:
     """Print, and draw, what `make` finds about the target."""
     _check_device(arguments.device)
     if arguments.plot:
@@ -141,7 +164,7 @@ def _report(arguments: argparse.Namespace, options: Options, make: Callable[...,
 
 def _options(arguments: argparse.Namespace) -> Options:
     """Only what was given: the defaults are those of `Options`."""
-    names = ("budget", "max_slowdown", "strategies", "lowering")
+    names = ("budget", "max_slowdown", "strategies", "lowering", "profile")
     given = {name: getattr(arguments, name) for name in names}
     return Options.from_mapping({name: value for name, value in given.items() if value is not None})
 
@@ -152,7 +175,7 @@ def _check_device(name: str) -> None:
         raise UsageError("Unknown device", what, f"use one of {', '.join(DEVICES)}")
 
 
-def _on_target(arguments: argparse.Namespace, options: Options, make: Callable[..., Plan | Front]) -> Plan | Front:
+def _on_target(arguments: argparse.Namespace, options: Options, make: Callable[..., Found]) -> Found:
     """What the model's code prints goes to stderr: stdout is for the result."""
     specs = [parse_spec(text) for text in arguments.input]
     with contextlib.redirect_stdout(sys.stderr), _quiet_torch():

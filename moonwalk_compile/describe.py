@@ -38,6 +38,7 @@ def describe(
         budget_bytes=None if options.budget is None else options.budget.resolve(plain.peak),
         device=analysis.device.name,
         lowering=options.lowering,
+        profile=options.profile,
         parameter_bytes=_bytes_of(analysis, "parameter"),
         buffer_bytes=_bytes_of(analysis, "buffer"),
         input_bytes=_bytes_of(analysis, "input"),

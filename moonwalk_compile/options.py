@@ -6,7 +6,7 @@ import difflib
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 from .errors import OptionError
 from .units import format_bytes
 
-__all__ = ["Budget", "Options", "STRATEGIES", "LOWERINGS", "format_bytes", "parse_bytes", "nearest"]
+__all__ = ["Budget", "Options", "STRATEGIES", "LOWERINGS", "PROFILES", "format_bytes", "parse_bytes", "nearest"]
 
 STRATEGIES = ("keep", "checkpoint", "invert", "moonwalk")
 LOWERINGS = ("inductor", "eager")
+PROFILES = ("model", "measure")
 
 _UNITS = {"b": 1} | {
     f"{letter}{suffix}": base**power
@@ -106,6 +107,7 @@ class Options:
         strategies: what the planner may use, in the order of STRATEGIES.
         tolerance: largest predicted relative error of a parameter gradient that inversion may cause.
         lowering: "inductor" or "eager".
+        profile: how times are predicted: "model" (rates of the device) or "measure" (operations are timed once).
     """
 
     budget: Budget | None = None
@@ -113,6 +115,7 @@ class Options:
     strategies: tuple[str, ...] = STRATEGIES
     tolerance: float = 1e-4
     lowering: str = "inductor"
+    profile: str = "model"
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -184,11 +187,14 @@ def _check_strategies(value: Any) -> tuple[str, ...]:
     return tuple(name for name in STRATEGIES if name in names)
 
 
-def _check_lowering(value: Any) -> str:
-    if value not in LOWERINGS:
-        what = f"there is no lowering {value!r}{nearest(value, LOWERINGS)}"
-        raise OptionError("Bad option: lowering", what, f"use one of {', '.join(LOWERINGS)}")
-    return str(value)
+def _one_of(option: str, valid: tuple[str, ...]) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in valid:
+            what = f"there is no {option} {value!r}{nearest(value, valid)}"
+            raise OptionError(f"Bad option: {option}", what, f"use one of {', '.join(valid)}")
+        return str(value)
+
+    return check
 
 
 _CHECKS = {
@@ -196,5 +202,6 @@ _CHECKS = {
     "max_slowdown": _check_max_slowdown,
     "strategies": _check_strategies,
     "tolerance": _check_tolerance,
-    "lowering": _check_lowering,
+    "lowering": _one_of("lowering", LOWERINGS),
+    "profile": _one_of("profile", PROFILES),
 }

@@ -10,6 +10,7 @@ from .errors import UsageError
 from .units import format_bytes
 
 if TYPE_CHECKING:
+    from .bench import Bench
     from .front import Front
     from .report import Plan
 
@@ -46,6 +47,14 @@ def plot_front(front: Front, path: str | Path) -> None:
     check_plot_path(path)
     figure = _figure_class()(figsize=(8.5, 4.6), layout="constrained")
     _draw_front(figure.add_subplot(), front)
+    _save(figure, path)
+
+
+def plot_bench(bench: Bench, path: str | Path) -> None:
+    """Draw what was measured to `path`. Raises UsageError where that cannot be done."""
+    check_plot_path(path)
+    figure = _figure_class()(figsize=(8.5, 4.6), layout="constrained")
+    _draw_bench(figure.add_subplot(), bench)
     _save(figure, path)
 
 
@@ -146,6 +155,33 @@ def _style(axes: Any, plan: Plan, unit: str, top: float) -> None:
     axes.tick_params(colors=_TEXT)
 
 
+def _draw_bench(axes: Any, bench: Bench) -> None:
+    top = max(max(row.peak_bytes, row.predicted_peak_bytes or 0) for row in bench.rows)
+    scale, unit = next((s, u) for s, u in _UNITS if top >= s or s == 1)
+    for row, color in zip(bench.rows, _WAYS, strict=False):
+        label = f"{row.name}, {format_bytes(row.peak_bytes)}"
+        axes.plot(row.peak_bytes / scale, row.time_ratio, "o", color=color, markersize=8, label=label, zorder=4)
+        if row.predicted_peak_bytes is not None and row.predicted_time_ratio is not None:
+            place = (row.predicted_peak_bytes / scale, row.predicted_time_ratio)
+            axes.plot(*place, "o", color=color, markersize=11, fillstyle="none", zorder=3)
+    axes.plot([], [], "o", color=_TEXT, markersize=11, fillstyle="none", label="predicted")
+    if bench.budget_bytes is not None and bench.budget_bytes <= 1.2 * top:
+        label = f"budget {format_bytes(bench.budget_bytes)}"
+        axes.axvline(bench.budget_bytes / scale, color=_BUDGET, linewidth=1.2, linestyle=(0, (5, 3)), label=label)
+    _style_scatter(axes, "Measured peak and time of one training step", top / scale, unit)
+
+
+def _style_scatter(axes: Any, title: str, right: float, unit: str) -> None:
+    axes.set_title(title, fontsize=11, loc="left", color=_TEXT)
+    axes.set_xlim(0, 1.08 * right)
+    axes.set_xlabel(f"peak memory ({unit})", color=_TEXT)
+    axes.set_ylabel("time / plain backpropagation", color=_TEXT)
+    axes.grid(color="#e3e6e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+
+
 def _draw_front(axes: Any, front: Front) -> None:
     from .front import CHECKPOINT, MARKS  # with it comes the planner, which the command line loads late
 
@@ -165,14 +201,8 @@ def _draw_front(axes: Any, front: Front) -> None:
     if front.budget_bytes is not None and front.budget_bytes <= 1.2 * top:
         label = f"budget {format_bytes(front.budget_bytes)}"
         axes.axvline(front.budget_bytes / scale, color=_BUDGET, linewidth=1.2, linestyle=(0, (5, 3)), label=label)
-    axes.set_title("Predicted peak and time of one training step", fontsize=11, loc="left", color=_TEXT)
-    axes.set_xlim(0, 1.08 * top / scale)
-    axes.set_xlabel(f"peak memory ({unit})", color=_TEXT)
-    axes.set_ylabel("time / plain backpropagation", color=_TEXT)
-    axes.grid(color="#e3e6e8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    _style_scatter(axes, "Predicted peak and time of one training step", top / scale, unit)
 
 
 _MARKERS = {"plain": ("s", _PLAIN), "checkpoint": ("^", "#d98b1f"), "budget": ("D", _BUDGET)}
+_WAYS = (_PLAIN, "#d98b1f", "#8c6bb1", "#4d9a6a", _PLANNED)

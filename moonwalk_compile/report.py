@@ -59,6 +59,8 @@ class Plan:
         timeline, plain_timeline: bytes alive after each operation of a step.
         forward_length, plain_forward_length: index in the timelines where backward begins.
         planning_s: seconds that planning took.
+        profile: how times were predicted, "model" or "measure".
+        measured_peak_bytes: what the first step held, where it was measured (`moonwalk_compile` does so once).
     """
 
     peak_bytes: int
@@ -78,6 +80,8 @@ class Plan:
     forward_length: int = 0
     plain_forward_length: int = 0
     planning_s: float = 0.0
+    profile: str = "model"
+    measured_peak_bytes: int | None = None
 
     def __str__(self) -> str:
         return format_plan(self)

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from .describe import describe
 from .errors import BudgetError, OptionError
+from .meter import StepMeter
 from .options import Options
 from .passes._torch_compat import FakeTensor, PlainAOTInput, disable_current_modes
 from .passes.analysis import Analysis, analyse
@@ -26,6 +27,7 @@ from .passes.graph import Role
 from .passes.lower import Half, Lowerer
 from .passes.plan import NoPlan, Planned, Planner
 from .passes.rewrite import to_halves
+from .passes.timing import Clock
 from .passes.verify import verify, verify_certified
 from .passes.workspace import Workspaces
 from .passes.wrapper_memory import no_workspace
@@ -68,6 +70,9 @@ class Session:
     planned: Planned | None = None
     lowering_s: float = 0.0
     cornered: bool = False  # the budget left only the smallest plan
+    margin: int = 0  # bytes by which an earlier plan of this step was measured above its prediction
+    on_measured: Callable[[int], None] | None = None  # is told the peak of the first steps, as the plan counts it
+    meter: StepMeter | None = None
     facts: Facts = field(init=False)
     lowerer: Lowerer = field(init=False)
     positions: dict[int, int] = field(default_factory=dict)  # primal value -> position among the graph's inputs
@@ -80,6 +85,8 @@ class Session:
         """AOTAutograd's `partition_fn`: the joint graph in, the forward and the backward module out."""
         started = time.perf_counter()
         inputs = self.example_inputs or ()
+        clock = self._clock()
+        self.device = replace(self.device, clock=clock)
         places = input_positions(joint)
         roles = {primal: role_of(inputs[flat]) for primal, flat in places.items() if flat < len(inputs)}
         capture = read_joint(joint, num_fwd_outputs, self.device, roles)
@@ -103,22 +110,46 @@ class Session:
         self.planned = planned
         halves = (self.forward, self.backward) if self.forward and self.backward else None
         self.plan = describe(self.analysis, planner, planned, plain, self.options, halves)
+        if clock is not None:
+            clock.save()
+        self.meter = self._watch()
         self.plan = replace(self.plan, planning_s=time.perf_counter() - started - self.lowering_s)
         return to_halves(self.analysis, planned.schedule, joint)
 
+    def _at_hand(self) -> bool:
+        return not self.device.datasheet or torch.cuda.is_available()
+
+    def _trial_limit(self) -> float:
+        """Only small trials where the model may be larger than this machine."""
+        return math.inf if is_real(self.example_inputs or ()) else TRIAL
+
     def _workspaces(self) -> Workspaces | None:
-        """By trial, where the device is at hand; small trials only where the model may be larger than this machine."""
-        if self.device.datasheet and not torch.cuda.is_available():
+        return Workspaces(limit=self._trial_limit()) if self._at_hand() else None
+
+    def _watch(self) -> StepMeter | None:
+        inputs = self.example_inputs or ()
+        if self.on_measured is None or not self.lower or not is_real(inputs):
             return None
-        return Workspaces(limit=math.inf if is_real(self.example_inputs or ()) else TRIAL)
+        assert self.analysis is not None
+        device = next((v.device for v in inputs if isinstance(v, Tensor) and v.device.type != "cpu"), None)
+        tangents = {self.analysis.charges[value] for value in self.analysis.graph.tangents}
+        return StepMeter(device or torch.device("cpu"), sum(size for _, size in tangents), self.on_measured)
+
+    def _clock(self) -> Clock | None:
+        if self.options.profile != "measure":
+            return None
+        if not self._at_hand():
+            what = f"there is no {self.device.name} on this machine"
+            raise OptionError("Nothing can be measured", what, 'leave out profile="measure", or plan for "cpu"')
+        return Clock(fused=self.options.lowering == "inductor", limit=self._trial_limit())
 
     def compile_forward(self, module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         assert self.forward is not None
-        return self.forward.call
+        return self.meter.forward(self.forward.call) if self.meter else self.forward.call
 
     def compile_backward(self, module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         assert self.backward is not None
-        return self.backward.call
+        return self.meter.backward(self.backward.call) if self.meter else self.backward.call
 
     # -- certificates ------------------------------------------------------------------------------------------------
 
@@ -165,14 +196,14 @@ class Session:
         Raises BudgetError when even the smallest plan does not fit.
         """
         limit = math.inf if self.options.budget is None else self.options.budget.resolve(plain.peak)
-        less, peak = 0, 0
+        less, peak = self.margin, 0
         for attempt in range(rounds):
             planned = self._certified(planner, plain, less if attempt < rounds - 1 else int(limit))
             assert self.analysis is not None
             verify(self.analysis, planned.schedule)
             if self.example_inputs and is_real(self.example_inputs):
                 verify_certified(planned.segments, planner.certificates)
-            peak = self._lower(planned) if self.lower else planned.peak
+            peak = (self._lower(planned) if self.lower else planned.peak) + self.margin
             if peak <= limit:
                 return planned
             if self.cornered:

@@ -97,7 +97,8 @@ def _footer(plan: Plan) -> str:
     rows = [
         ("budget", _budget(plan)),
         ("not in the peak", _standing(plan)),
-        ("predicted for", f"{plan.device}, {plan.lowering} lowering; planned in {format_seconds(plan.planning_s)}"),
+        ("predicted for", _circumstances(plan)),
+        *([("measured", _measured(plan))] if plan.measured_peak_bytes is not None else []),
         *(("note", note) for note in plan.notes),
     ]
     width = max(len(label) for label, _ in rows)
@@ -110,6 +111,16 @@ def _budget(plan: Plan) -> str:
     spare = plan.budget_bytes - plan.peak_bytes
     verdict = f"met, {format_bytes(spare)} to spare" if spare >= 0 else f"EXCEEDED by {format_bytes(-spare)}"
     return f"{format_bytes(plan.budget_bytes)}: {verdict}"
+
+
+def _circumstances(plan: Plan) -> str:
+    timed = ", operations timed" if plan.profile == "measure" else ""
+    return f"{plan.device}, {plan.lowering} lowering{timed}; planned in {format_seconds(plan.planning_s)}"
+
+
+def _measured(plan: Plan) -> str:
+    assert plan.measured_peak_bytes is not None
+    return f"a peak of {format_bytes(plan.measured_peak_bytes)} in the first steps"
 
 
 def _standing(plan: Plan) -> str:

@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters as dynamo_counters
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._functorch.compile_utils import fx_graph_cse
+from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -29,6 +30,7 @@ __all__ = [
     "OpOverload",
     "BackendCompilerFailed",
     "TorchDynamoException",
+    "default_partition",
     "detect_fake_mode",
     "disable_current_modes",
     "PlainAOTInput",
@@ -40,6 +42,7 @@ __all__ = [
     "is_composite",
     "lookup_backend",
     "make_fx",
+    "min_cut_rematerialization_partition",
     "tree_flatten",
     "tree_map",
     "unset_fake_temporarily",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -19,7 +19,10 @@ from .graph import Edge, Operation
 
 @dataclass(frozen=True)
 class Device:
-    """Peak rates: floating-point operations and bytes per second, and seconds of overhead per call."""
+    """Peak rates: floating-point operations and bytes per second, and seconds of overhead per call.
+
+    A `clock` says what an operation was measured to take; what it does not know counts by the rates.
+    """
 
     name: str
     flops: float
@@ -27,6 +30,7 @@ class Device:
     overhead: float
     transcendental: float = 1e11  # elements of exp, erf, tanh per second
     datasheet: bool = True
+    clock: Callable[[Operation], float | None] | None = field(default=None, compare=False, repr=False)
 
 
 # Dense tensor-core rates for 16-bit (fp32 through TF32 is about half); a training step reaches 50 to 60% of either.
@@ -82,6 +86,8 @@ def base_name(target: Any) -> str:
 def operation_seconds(operation: Operation, device: Device) -> float:
     if not operation.new:
         return 0.0
+    if device.clock is not None and (measured := device.clock(operation)) is not None:
+        return measured
     arithmetic = operation.flops / device.flops
     memory = operation.moved / device.bandwidth
     special = sum(operation.new) / 4 * SPECIAL.get(base_name(operation.target), 0.0) / device.transcendental

@@ -52,8 +52,11 @@ def start() -> Front:
     return Front(zero, zero.copy(), np.zeros(1, dtype=bool), np.zeros(1, dtype=bool), none, none, none)
 
 
-def extend(fronts: Sequence[Front], table: Table, budget: float) -> Front:
-    """All moves of a table against all states at the border where each move begins, in one go."""
+def extend(fronts: Sequence[Front], table: Table, budget: float, states: int = FRONT) -> Front:
+    """All moves of a table against all states at the border where each move begins, in one go.
+
+    At most `states` of each kind remain; with one it is that which keeps least.
+    """
     counts = np.array([len(front.kept) for front in fronts])
     starts = np.concatenate([[0], np.cumsum(counts)])
     repeats = counts[table.first]
@@ -72,12 +75,12 @@ def extend(fronts: Sequence[Front], table: Table, budget: float) -> Front:
     seconds = (seconds + table.seconds[move])[fits]
     move, state = move[fits], state[fits]
     covered, anchor = table.covers_out[move], table.invert[move]
-    chosen = _undominated(kept, seconds, covered, anchor)
+    chosen = _undominated(kept, seconds, covered, anchor, states)
     move, state = move[chosen], state[chosen]
     return Front(kept[chosen], seconds[chosen], covered[chosen], anchor[chosen], state, table.first[move], move)
 
 
-def _undominated(kept: Floats, seconds: Floats, covered: Flags, anchor: Flags) -> Integers:
+def _undominated(kept: Floats, seconds: Floats, covered: Flags, anchor: Flags, states: int) -> Integers:
     chosen = []
     for kind in range(4):
         rows = np.flatnonzero((covered == bool(kind & 1)) & (anchor == bool(kind & 2)))
@@ -88,7 +91,7 @@ def _undominated(kept: Floats, seconds: Floats, covered: Flags, anchor: Flags) -
         better = np.ones(len(rows), dtype=bool)
         better[1:] = seconds[rows][1:] < best[:-1]
         rows = rows[better]
-        if len(rows) > FRONT:
-            rows = rows[np.unique(np.linspace(0, len(rows) - 1, FRONT).astype(np.int64))]
+        if len(rows) > states:
+            rows = rows[np.unique(np.linspace(0, len(rows) - 1, states).astype(np.int64))]
         chosen.append(rows)
     return np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)

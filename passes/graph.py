@@ -60,7 +60,7 @@ class Operation:
 
     `new` lists the bytes of the storages that the call allocates (several for a tuple); `holds` says which storages
     the result refers to: `(-1, j)` is its own j-th new one, `(slot, j)` the j-th that `slot` holds (a view, an item).
-    `call` describes the call (shapes, strides, types) where it may need memory beyond its results.
+    `call` describes the call (shapes, strides, types); `borrows` says that it may need memory beyond its results.
     """
 
     target: Any
@@ -71,6 +71,7 @@ class Operation:
     flops: float = 0.0
     moved: int = 0
     call: Call | None = field(default=None, compare=False, repr=False)
+    borrows: bool = field(default=True, compare=False, repr=False)
 
     @cached_property
     def reads(self) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from .certificates import INVERTED, Certificate, chain_error
 from .cost import base_name, operation_seconds
 from .costs import backward_program
 from .emit import Facts, Schedule, Segment, emit
-from .fronts import Front, Table, column, extend, start
+from .fronts import FRONT, Floats, Front, Table, column, extend, start
 from .liveness import Timeline
 from .moves import Move, MoveMaker
 from .reuse import simulated
@@ -159,15 +159,25 @@ class Planner:
 
     def fastest(self, budget: float) -> list[Move] | None:
         """The fastest chain of moves whose modelled peak is within `budget` bytes, or None."""
+        fronts = self._fronts(budget)
+        usable = self._usable(fronts[-1])
+        if not np.isfinite(usable).any():
+            return None
+        return self._trace(fronts, int(np.argmin(usable)))
+
+    def reachable(self, budget: float) -> bool:
+        """Whether any chain of moves has a modelled peak within `budget` bytes."""
+        return bool(np.isfinite(self._usable(self._fronts(budget, states=1)[-1])).any())
+
+    def _fronts(self, budget: float, states: int = FRONT) -> list[Front]:
         fronts = [start()]
         for table in self.tables:
-            fronts.append(extend(fronts, table, budget))
-        final = fronts[-1]
-        if not len(final.kept):
-            return None
-        usable = np.where(final.anchor & ~self._outputs_anchor(), np.inf, final.seconds)
-        best = int(np.argmin(usable))
-        return self._trace(fronts, best) if np.isfinite(usable[best]) else None
+            fronts.append(extend(fronts, table, budget, states))
+        return fronts
+
+    def _usable(self, final: Front) -> Floats:
+        """Seconds of the final states; infinite where an inverted last segment has nothing to start from."""
+        return np.where(final.anchor & ~self._outputs_anchor(), np.inf, final.seconds)
 
     def _outputs_anchor(self) -> bool:
         """An inverted last segment starts from the step's outputs, which the user holds."""
@@ -232,7 +242,7 @@ class Planner:
         low, high = float(self.base + self.later_gradients[0] + 1), self.plain.peak * 2.0
         while high > 1.004 * low:  # in ratios: small budgets leave few states, and are quick to ask for
             middle = math.sqrt(low * high)
-            low, high = (low, middle) if self.fastest(middle) is not None else (middle, high)
+            low, high = (low, middle) if self.reachable(middle) else (middle, high)
         found = [self.realise(moves) for scale in (1.0, 1.01, 1.03, 1.06) if (moves := self.fastest(high * scale))]
         if not found:
             raise NoPlan(", ".join(self.strategies))

@@ -28,15 +28,20 @@ def storage_keys(value: Any) -> list[int]:
 
 
 def call_of(node: fx.Node) -> Call | None:
-    """What the memory need of a call depends on; None for pointwise operations on one type, which need none."""
+    """What the time and the memory of a call depend on."""
     if not isinstance(node.target, OpOverload):
         return None
-    operands = [tensor for argument in node.all_input_nodes for tensor in tensors_of(argument.meta.get("val"))]
-    kinds = {(tensor.dtype, tensor.device) for tensor in (*operands, *tensors_of(node.meta.get("val")))}
-    if torch.Tag.pointwise in node.target.tags and len(kinds) == 1:
-        return None  # of several types, CPU kernels copy operands to the common one
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: item.meta.get("val"))
     return (node.target, *frozen_call(args, kwargs))
+
+
+def may_borrow(node: fx.Node) -> bool:
+    """Pointwise operations on one type need no memory of their own; of several, CPU kernels copy operands to one."""
+    if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+        return True
+    operands = [tensor for argument in node.all_input_nodes for tensor in tensors_of(argument.meta.get("val"))]
+    kinds = {(tensor.dtype, tensor.device) for tensor in (*operands, *tensors_of(node.meta.get("val")))}
+    return len(kinds) != 1
 
 
 class Recorder:
@@ -75,6 +80,7 @@ class Recorder:
             flops,
             moved,
             call_of(node) if any(new) else None,
+            may_borrow(node),
         )
 
     def arguments(self, tree: Any) -> Any:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -65,7 +65,7 @@ class Workspaces:
     found: dict[object, int] = field(default_factory=dict)
 
     def __call__(self, operation: Operation) -> int:
-        return 0 if operation.call is None else self._of(*operation.call)
+        return self._of(*operation.call) if operation.borrows and operation.call is not None else 0
 
     def of_call(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
         """Of a call in a generated wrapper: a `wrapper_memory.Workspace`."""
@@ -94,6 +94,12 @@ def measured_workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, An
     return _measure(operation, *frozen_call(args, kwargs), torch.get_num_threads())
 
 
+def made_up(args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """Real arguments for a frozen call."""
+    real, named = tree_map(lambda x: x.make() if isinstance(x, Like) else x, (args, dict(kwargs)))
+    return real, named
+
+
 def frozen_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """The arguments of a call as a hashable description."""
     return _frozen(tuple(args)), tuple((name, _frozen(value)) for name, value in kwargs.items())
@@ -111,21 +117,38 @@ def _frozen(value: Any) -> Any:
 @cache
 def _measure(operation: Any, args: Any, kwargs: Any, threads: int) -> int:
     with disable_current_modes(), torch.no_grad(), torch.random.fork_rng():
-        real, named = tree_map(lambda x: x.make() if isinstance(x, Like) else x, (args, dict(kwargs)))
+        real, named = made_up(args, kwargs)
         device = next(t.device for t in tree_leaves((real, named)) if isinstance(t, torch.Tensor))
-        measure = _cuda_peak if device.type == "cuda" else _cpu_peak
         try:
             operation(*real, **named)  # once beforehand: libraries keep what they set up at first use
-            return measure(lambda: operation(*real, **named))
+            _, top, end = watched(lambda: operation(*real, **named), device)
         except (RuntimeError, ValueError, TypeError) as error:
             raise ProfileUnknown(f"cannot measure the workspace of {operation}: {error}") from error
+    return top - end
 
 
-def _cpu_peak(run: Callable[[], Any]) -> int:
-    """From the allocator's events, which only a profiler reports; there can be one at a time. The old one is quiet,
-    where Kineto writes a line at each start and stop."""
+class ProfilerBusy(RuntimeError):
+    """There can be one profiler at a time, and another one is running."""
+
+
+Result = TypeVar("Result")
+
+
+def watched(run: Callable[[], Result], device: torch.device) -> tuple[Result, int, int]:
+    """What `run` returns, the most bytes that it held on the device beyond what was there before, and what remains.
+
+    Raises ProfilerBusy before anything has run.
+    """
+    if device.type == "cuda":
+        return _watched_on_cuda(run, device)
+    return _watched_on_cpu(run)
+
+
+def _watched_on_cpu(run: Callable[[], Result]) -> tuple[Result, int, int]:
+    """By the allocator's events, which only a profiler reports. The old one is quiet, where Kineto writes a line at
+    each start and stop."""
     if profiler_enabled():
-        raise ProfileUnknown("cannot measure an operation's workspace while a profiler is running")
+        raise ProfilerBusy("cannot measure memory while a profiler is running")
     start_profiler(ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, ExperimentalConfig()))
     try:
         result = run()
@@ -135,14 +158,13 @@ def _cpu_peak(run: Callable[[], Any]) -> int:
     for event in (event for events in threads for event in events if event.kind() == "memory_alloc"):
         live += event.cpu_memory_usage()
         top = max(top, live)
-    del result
-    return top - live
+    return result, top, live
 
 
-def _cuda_peak(run: Callable[[], Any]) -> int:
-    torch.cuda.reset_peak_memory_stats()
+def _watched_on_cuda(run: Callable[[], Result], device: torch.device) -> tuple[Result, int, int]:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     result = run()
-    torch.cuda.synchronize()
-    top = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-    del result
-    return top
+    torch.cuda.synchronize(device)
+    return result, torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before

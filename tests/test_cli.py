@@ -312,6 +312,8 @@ BAD_ARGUMENTS = {
     "no strategy": (["plan", "{}", "--strategies", ""], "strategies"),
     "bad device": (["plan", "{}", "--device", "h10"], 'did you mean "h100"'),
     "bad lowering": (["plan", "{}", "--lowering", "xla"], "inductor, eager"),
+    "bad profile": (["plan", "{}", "--profile", "measured"], 'did you mean "measure"'),
+    "no repeats": (["bench", "{}", "--repeats", "0"], "at least 1"),
     "bad spec": (["plan", "{}", "--input", "f32[0]"], "'0'"),
     "bad plot": (["plan", "{}", "--plot", "plan.jpeg"], ".png"),
     "plot nowhere": (["plan", "{}", "--plot", "no/such/plan.png"], "no folder"),

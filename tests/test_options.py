@@ -124,7 +124,7 @@ def test_format_seconds(seconds, text):
 
 def test_defaults_are_the_contract():
     assert Options() == Options.from_mapping({})
-    expected = (None, 1.5, ("keep", "checkpoint", "invert", "moonwalk"), 1e-4, "inductor")
+    expected = (None, 1.5, ("keep", "checkpoint", "invert", "moonwalk"), 1e-4, "inductor", "model")
     assert dataclasses.astuple(Options()) == expected
 
 
@@ -182,6 +182,7 @@ BAD_VALUES = {
     "tolerance": [0, -1e-4, math.nan, math.inf, "1e-4", None, True, []],
     "strategies": [(), [], "", ",", "keep,", "invrt", ("keep", "Keep"), ("keep", None), None, 3, True, {"keep": 1}],
     "lowering": ["Eager", "", None, 3, "aot_eager", ("eager",)],
+    "profile": ["measured", "", None, 1, True, ("model",)],
 }
 
 

@@ -1,0 +1,146 @@
+"""Operations timed on the device at hand: `profile="measure"`.
+
+Each distinct call (operation, shapes, strides, types) runs a few times on made-up values. What was found is remembered
+on disk, by device and torch release, so that the next plan of the same blocks is made without running anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ._torch_compat import disable_current_modes
+from .graph import Call, Operation
+from .workspace import Like, made_up
+
+SPENT_S = 0.05  # on one call, after a first run that does not count
+MOST_RUNS = 7
+OURS = ("aten", "prims", "moonwalk_compile")  # others may do more than compute
+
+
+class Clock:
+    """Seconds of an operation, by trial; None for what cannot be tried, which then counts by the device's table.
+
+    With `fused` (Inductor) pointwise operations are not timed: alone they would take several times what they take
+    in a fused loop. `limit` bounds the bytes of the operands of what is tried.
+    """
+
+    def __init__(self, *, fused: bool, limit: float = math.inf, folder: Path | None = None) -> None:
+        self.fused, self.limit = fused, limit
+        self.folder = cache_folder() if folder is None else folder
+        self.found: dict[str, float | None] = {}
+        self.known: dict[int, tuple[Call, float | None]] = {}
+        self.new = 0
+        self.bar = tqdm(desc="timing operations", unit="", leave=False, disable=None)
+        self.loaded = False
+
+    def __call__(self, operation: Operation) -> float | None:
+        call = operation.call
+        if call is None or getattr(call[0], "namespace", None) not in OURS:
+            return None
+        if self.fused and torch.Tag.pointwise in call[0].tags:
+            return None
+        if id(call) not in self.known:
+            self.known[id(call)] = (call, self._look_up(call))
+        return self.known[id(call)][1]
+
+    def save(self) -> None:
+        """Write what was measured to disk; where that is not possible it is measured again next time."""
+        self.bar.close()
+        if not self.new:
+            return
+        path, self.new = self._path(), 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            merged = {**read(path), **{key: value for key, value in self.found.items() if value is not None}}
+            with tempfile.NamedTemporaryFile("w", dir=self.folder, delete=False) as file:
+                json.dump(merged, file)
+            os.replace(file.name, path)
+        except OSError:
+            return
+
+    def _look_up(self, call: Call) -> float | None:
+        if not self.loaded:
+            self.found, self.loaded = dict(read(self._path())), True
+        key = hashlib.sha256(repr((str(call[0]), *call[1:])).encode()).hexdigest()[:32]
+        if key not in self.found:
+            self.found[key] = measured_seconds(call, self.limit)
+            self.new += 1
+            self.bar.update()
+        return self.found[key]
+
+    def _path(self) -> Path:
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+        text = f"{name} {torch.get_num_threads()} {torch.__version__}"
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+def read(path: Path) -> dict[str, float | None]:
+    """What was measured before; nothing, where the file is missing or no good."""
+    try:
+        values = json.loads(path.read_text())
+        return {str(key): float(value) for key, value in values.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def cache_folder() -> Path:
+    """MOONWALK_CACHE_DIR, or the user's cache folder."""
+    given = os.environ.get("MOONWALK_CACHE_DIR")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moonwalk_compile"
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def measured_seconds(call: Call, limit: float = math.inf) -> float | None:
+    """The median time of a call on made-up values, or None."""
+    likes = [item for item in leaves(call[1:]) if isinstance(item, Like)]
+    if not likes or sum(like.bytes for like in likes) > limit:
+        return None
+    with disable_current_modes(), torch.no_grad(), torch.random.fork_rng():
+        try:
+            args, kwargs = made_up(*call[1:])
+            device = likes[0].device
+            run: Callable[[], Any] = lambda: call[0](*args, **kwargs)  # noqa: E731
+            timed(run, device)
+            first = timed(run, device)
+            runs = [timed(run, device) for _ in range(min(MOST_RUNS, int(SPENT_S / max(first, 1e-6))))]
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return None
+    return statistics.median([first, *runs])
+
+
+def leaves(tree: Any) -> list[Any]:
+    if isinstance(tree, (tuple, list)):
+        return [leaf for item in tree for leaf in leaves(item)]
+    return [tree]
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

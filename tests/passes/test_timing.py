@@ -1,0 +1,92 @@
+"""Operations timed by trial, and remembered on disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moonwalk_compile.passes import timing
+from moonwalk_compile.passes.cost import DEVICES, operation_seconds
+from moonwalk_compile.passes.graph import Operation, Ref
+from moonwalk_compile.passes.timing import Clock, measured_seconds, read
+from moonwalk_compile.passes.workspace import Like, frozen_call
+
+aten = torch.ops.aten
+
+
+def operation(target: object, *tensors: torch.Tensor) -> Operation:
+    call = (target, *frozen_call(tensors, {}))
+    return Operation(target, tuple(Ref(i) for i in range(len(tensors))), new=(4,), call=call)
+
+
+def product(size: int) -> Operation:
+    return operation(aten.mm.default, torch.empty(size, size), torch.empty(size, size))
+
+
+def test_more_work_takes_longer(tmp_path: Path) -> None:
+    clock = Clock(fused=False, folder=tmp_path)
+    small, large = clock(product(8)), clock(product(768))
+    assert small is not None and large is not None and 0 < small < large
+
+
+def test_an_operation_is_measured_once_and_remembered_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Clock(fused=False, folder=tmp_path)
+    found = first(product(16))
+    first.save()
+    (path,) = tmp_path.iterdir()
+    assert list(read(path).values()) == [found]
+    monkeypatch.setattr(timing, "measured_seconds", lambda *_: pytest.fail("measured again"))
+    assert first(product(16)) == found
+    assert Clock(fused=False, folder=tmp_path)(product(16)) == found
+
+
+def test_another_shape_or_release_is_another_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(fused=False, folder=tmp_path)
+    clock(product(16))
+    clock(product(17))
+    assert len(clock.found) == 2
+    clock.save()
+    monkeypatch.setattr(torch, "__version__", "3.0")
+    other = Clock(fused=False, folder=tmp_path)
+    other(product(16))
+    assert len(other.found) == 1
+
+
+def test_a_damaged_memory_is_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    for text in ("", "[1]", '{"a": "fast"}'):
+        path.write_text(text)
+        assert read(path) == {}
+    assert read(tmp_path / "missing.json") == {}
+
+
+def test_what_cannot_be_tried_counts_by_the_table(tmp_path: Path) -> None:
+    clock = Clock(fused=False, folder=tmp_path)
+    wrong = operation(aten.mm.default, torch.empty(2, 3), torch.empty(2, 3))
+    assert clock(wrong) is None
+    assert clock(Operation("item", ())) is None
+    assert Clock(fused=False, limit=10, folder=tmp_path)(product(64)) is None
+    device = DEVICES["cuda"]
+    assert operation_seconds(wrong, replace(device, clock=clock)) == operation_seconds(wrong, device)
+    timed = replace(device, clock=lambda _: 7.0)
+    assert operation_seconds(product(4), timed) == 7.0
+
+
+def test_in_a_fused_loop_pointwise_operations_take_what_the_table_says(tmp_path: Path) -> None:
+    pointwise = operation(aten.exp.default, torch.empty(64))
+    assert Clock(fused=True, folder=tmp_path)(pointwise) is None
+    assert Clock(fused=False, folder=tmp_path)(pointwise) is not None
+    assert Clock(fused=True, folder=tmp_path)(product(8)) is not None
+
+
+def test_random_numbers_stay_where_they_are() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    likes, _ = frozen_call((torch.empty(8),), {})
+    assert isinstance(likes[0], Like)
+    assert measured_seconds((aten.bernoulli.default, likes, ())) is not None
+    assert torch.equal(torch.rand(1), expected)
