@@ -62,7 +62,7 @@ def test_the_command_measures_every_way(target: str, tmp_path: Path, capsys: pyt
     assert {"each block checkpointed", "torch's budget 0.5", "torch's budget 0.1"} < set(rows)
     ours, plain = rows["moonwalk"], rows["plain"]
     assert ours["peak_bytes"] <= found["budget_bytes"] < plain["peak_bytes"]
-    assert ours["predicted_peak_bytes"] == pytest.approx(ours["peak_bytes"], rel=0.01)
+    assert ours["predicted_peak_bytes"] == pytest.approx(ours["peak_bytes"], rel=0.05)
     assert plain["predicted_peak_bytes"] == pytest.approx(plain["peak_bytes"], rel=0.05)  # the loss is not predicted
     assert any("loss" in note for note in found["notes"])
     assert rows["each block checkpointed"]["peak_bytes"] < plain["peak_bytes"]
