@@ -22,6 +22,7 @@ from .units import format_bytes
 OnPlan = Callable[[Plan], None]
 REFRESH = (10, 50)  # steps at which certificates are measured again; then every REFRESH_EVERY
 REFRESH_EVERY = 100
+NEGLIGIBLE = 4096  # bytes above the budget for which nobody plans again: counters and other scalars
 
 
 def moonwalk(
@@ -135,7 +136,7 @@ class CompiledStep:
         plan = self.session.plan
         assert plan is not None
         self._publish(replace(plan, measured_peak_bytes=peak))
-        if plan.budget_bytes is not None and peak > plan.budget_bytes and not self.corrected:
+        if plan.budget_bytes is not None and peak > plan.budget_bytes + NEGLIGIBLE and not self.corrected:
             self.overshoot = peak - plan.peak_bytes
 
     def _publish(self, plan: Plan) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .passes.workspace import ProfilerBusy, watched
 
@@ -17,11 +18,14 @@ class StepMeter:
     """Wraps the two halves of a step, and measures their first `STEPS` runs; then it calls them as they are.
 
     The halves are watched one by one: what the user's loss allocates between them is not counted, as in the plan.
+    A CPU's profiler knows nothing of memory from before it was started, and says so on stderr when that is freed. So
+    inputs are held until it has stopped, and `tangents` (the last arguments of the backward half) are copied under it.
     """
 
-    def __init__(self, device: torch.device, tangent_bytes: int, on_measured: Callable[[int], None]) -> None:
-        self.device, self.tangent_bytes, self.on_measured = device, tangent_bytes, on_measured
+    def __init__(self, device: torch.device, tangents: int, on_measured: Callable[[int], None]) -> None:
+        self.device, self.tangents, self.on_measured = device, tangents, on_measured
         self.forward_peak = self.held = 0
+        self.inputs: set[int] = set()  # addresses
         self.peaks: list[int] = []
         self.busy = False
         self.began = False
@@ -34,7 +38,9 @@ class StepMeter:
         def call(arguments: list[Any]) -> Sequence[Any]:
             if self.done:
                 return run(arguments)
-            result, self.forward_peak, self.held = self._watch(run, arguments)
+            inputs = list(arguments)
+            self.inputs = {address(value) for value in inputs}
+            result, self.forward_peak, self.held = self._watch(lambda: run(arguments))
             self.began = True
             return result
 
@@ -44,23 +50,54 @@ class StepMeter:
         def call(arguments: list[Any]) -> Sequence[Any]:
             if self.done or not self.began:
                 return run(arguments)
-            result, peak, _ = self._watch(run, arguments)
+            inputs = [value for value in arguments if address(value) in self.inputs]
+            tangents = arguments[len(arguments) - self.tangents :]
+            if self.device.type == "cpu":
+                result, peak, _ = self._watch(lambda: run(with_copies(arguments, self.tangents)))
+            else:
+                peak = sum({address(value): size_of(value) for value in tangents}.values())
+                del tangents[:], inputs[:]
+                result, more, _ = self._watch(lambda: run(arguments))
+                peak += more
             self.began = False
             if not self.busy:
-                self.peaks.append(max(self.forward_peak, self.held + self.tangent_bytes + peak))
+                self.peaks.append(max(self.forward_peak, self.held + peak))
                 if self.done:
                     self.on_measured(min(self.peaks))
             return result
 
         return _boxed(call)
 
-    def _watch(self, run: Boxed, arguments: list[Any]) -> tuple[Sequence[Any], int, int]:
+    def _watch(self, run: Callable[[], Sequence[Any]]) -> tuple[Sequence[Any], int, int]:
         """Where the user's own profiler runs, nothing is measured."""
         try:
-            return watched(lambda: run(arguments), self.device)
+            return watched(run, self.device)
         except ProfilerBusy:
             self.busy = True
-            return run(arguments), 0, 0
+            return run(), 0, 0
+
+
+def address(value: Any) -> int:
+    return value.untyped_storage().data_ptr() if isinstance(value, Tensor) else 0
+
+
+def size_of(value: Any) -> int:
+    return value.untyped_storage().nbytes() if isinstance(value, Tensor) else 0
+
+
+def with_copies(arguments: list[Any], last: int) -> list[Any]:
+    """The arguments, emptied out of their list, the last ones in storages of their own and laid out as they were."""
+    first = len(arguments) - last
+    moved = [*arguments[:first], *(map(_copy, arguments[first:]))]
+    arguments.clear()
+    return moved
+
+
+def _copy(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    place = (value.storage_offset(), value.size(), value.stride())
+    return value.new_empty(0).set_(value.untyped_storage().clone(), *place)
 
 
 def _boxed(call: Boxed) -> Boxed:

@@ -9,6 +9,7 @@ from torch._dynamo.external_utils import wrap_inline
 from torch._dynamo.utils import counters as dynamo_counters
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
+from torch._functorch.aot_autograd import aot_function
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
@@ -31,6 +32,7 @@ __all__ = [
     "BackendCompilerFailed",
     "TorchDynamoException",
     "default_partition",
+    "aot_function",
     "detect_fake_mode",
     "disable_current_modes",
     "PlainAOTInput",

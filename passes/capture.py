@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ._torch_compat import fx_graph_cse
-from .cost import Device, base_name, edge_seconds
+from .cost import Device, edge_seconds, qualified_name
 from .graph import Edge, Graph, Operation, Ref, Role, Stage, Value, map_refs
 from .trace import Recorder, storage_bytes, tensors_of
 
@@ -112,7 +112,7 @@ class JointReader:
             needs=tuple(self.index[argument] for argument in inputs),
             operations=tuple(relocate(operation, slots) for operation in operations),
             results=tuple(slots[self.recorder.slot[item]] for item in gives),
-            label=base_name(node.target),
+            label=qualified_name(node.target),
             stage=self._stage(node),
             random=is_random(node),
             effect=is_effect(node),

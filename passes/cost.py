@@ -83,6 +83,12 @@ def base_name(target: Any) -> str:
     return packet.__name__ if packet is not None else getattr(target, "__name__", str(target))
 
 
+def qualified_name(target: Any) -> str:
+    """The base name of an ATen operation; others carry their namespace, so that none passes for a namesake."""
+    name, namespace = base_name(target), getattr(target, "namespace", "aten")
+    return name if namespace in ("aten", "prims") else f"{namespace}::{name}"
+
+
 def operation_seconds(operation: Operation, device: Device) -> float:
     if not operation.new:
         return 0.0

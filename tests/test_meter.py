@@ -86,6 +86,32 @@ def test_the_plan_knows_its_measured_peak(lowering: str) -> None:
     assert "in the first steps" in str(model.plan) and '"measured_peak_bytes"' in model.plan.to_json()
 
 
+class Normalised(nn.Module):
+    """Its loss is outside; its input dies with the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Tanh())))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.layers(x)
+        return y, y[:5] * 2
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_a_loss_outside_the_model_and_inputs_that_die(expanded: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = moonwalk_compile(Normalised(), strategies=("keep", "checkpoint"), lowering="eager")
+    for _ in range(3):
+        model.zero_grad(set_to_none=True)
+        y, part = model(torch.randn(128, 32))
+        loss = y.sum() + part.sum() if expanded else y.square().mean() + part.square().mean()
+        loss.backward()
+        del y, part, loss
+    assert model.plan.measured_peak_bytes == pytest.approx(model.plan.peak_bytes, rel=0.02)
+    assert "CPUAllocator" not in capfd.readouterr().err
+
+
 def test_a_broken_budget_is_planned_for_again_once() -> None:
     torch.manual_seed(0)
     Secret.bytes, Secret.tries = 2 * MIB, 2

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from .edges import RULES, inverse_edges, make_call
+from .edges import CUSTOM, RULES, inverse_edges, make_call
 from .residuals import packing_of_reader, packing_of_value
 from .rule import Call, Packing, Recipe, Region, Rule
 from .solve import Solution, solve
 
 __all__ = [
+    "CUSTOM",
     "RULES",
     "Call",
     "Packing",

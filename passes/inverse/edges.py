@@ -20,6 +20,7 @@ from .regions import find_regions
 from .rule import Call, Recipe, Region, Rule
 
 RULES: dict[str, Rule] = {**pointwise.RULES, **shape.RULES, **linear.RULES, **convolution.RULES}
+CUSTOM: dict[str, Rule] = {}  # what users have registered, by qualified name
 
 
 def make_call(capture: Capture, edge: Edge, orthogonal: frozenset[int] = frozenset()) -> Call:
@@ -149,7 +150,7 @@ class _Inverter:
         return replace(edge, stage=stage, seconds=edge_seconds(edge, self.device))
 
     def _traced(self, edge: Edge) -> tuple[_Traced, ...]:
-        rule = RULES.get(edge.label)
+        rule = RULES.get(edge.label) or CUSTOM.get(edge.label)
         if rule is None or edge.random or edge.effect:
             return ()
         call = make_call(self.capture, edge, self.orthogonal)

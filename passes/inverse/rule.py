@@ -26,7 +26,7 @@ class Call:
     positions of matrices that are proved to have orthonormal rows or columns, whichever are fewer.
     """
 
-    name: str  # without namespace and overload: "addmm"
+    name: str  # without overload, and for ATen without namespace: "addmm", "mylib::scale"
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     tensors: tuple[Tensor, ...]

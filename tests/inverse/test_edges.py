@@ -17,8 +17,7 @@ from moonwalk_compile.passes.interpret import run_edges
 from moonwalk_compile.passes.inverse import inverse_edges
 from moonwalk_compile.passes.inverse.edges import lay_out
 from moonwalk_compile.passes.inverse.orthogonal import orthogonal_values
-
-from .check import capture_joint, true_values
+from moonwalk_compile.testing import capture_joint, true_values
 
 CPU = DEVICES["cpu"]
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from moonwalk_compile.passes.bits import pack_bits, unpack_two
 from moonwalk_compile.passes.interpret import run_edge
 from moonwalk_compile.passes.inverse import Packing, make_call, packing_of_reader, packing_of_value
-
-from .check import capture_joint, true_values
+from moonwalk_compile.testing import capture_joint, true_values
 
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "gt": lambda x: x * (x > 0),
