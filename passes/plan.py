@@ -24,6 +24,8 @@ from .liveness import Timeline
 from .moves import Move, MoveMaker
 from .reuse import simulated
 
+CLOSE = 0.002  # part of a budget that is not worth another round
+
 
 class NoPlan(Exception):
     """The allowed strategies leave a block without any segment."""
@@ -231,7 +233,7 @@ class Planner:
             slack = budget - planned.peak
             if slack >= 0 and (best is None or planned.seconds < best.seconds):
                 best = planned
-            if key in tried:
+            if key in tried or 0 <= slack < CLOSE * budget:
                 break
             tried.add(key)
             target += slack if slack < 0 else max(slack, 0.01 * budget)

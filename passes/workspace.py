@@ -29,6 +29,8 @@ from ._torch_compat_inductor import (
 from .graph import Operation
 from .wrapper_memory import ProfileUnknown
 
+COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")  # never tried: other processes would wait
+
 
 @dataclass(frozen=True)
 class Like:
@@ -78,6 +80,8 @@ class Workspaces:
         return self.found[key]
 
     def _try(self, target: Any, args: Any, kwargs: Any) -> int:
+        if getattr(target, "namespace", "") in COLLECTIVES:
+            return 0
         likes = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Like)]
         try:
             if sum(like.bytes for like in likes) > self.limit:
