@@ -339,9 +339,11 @@ class ForwardEmitter:
         self.builder.emit(edge, block)
 
     def _flush(self, block: int) -> None:
+        if not self.waiting:
+            return
         available = self.builder.environment
         primals = set(self.graph.primals) | self.graph.static
-        progress = bool(self.waiting)
+        progress = True
         while progress:
             progress = False
             for edge in list(self.waiting):

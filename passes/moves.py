@@ -79,6 +79,12 @@ class MoveMaker:
         kept = frozenset(self.analysis.blocks[first].live_in).union(*self.residues[first : last + 1])
         return Segment(first, last, "checkpoint", kept)
 
+    def shape(self, segment: Segment) -> object:
+        """Equal for segments that treat equal blocks in the same way."""
+        kept = tuple(tuple(sorted(self._positions(segment.kept, index))) for index in segment.span)
+        inner = tuple((self.shape(part), part.first - segment.first) for part in segment.inner)
+        return segment.strategy, tuple(self.keys[index] for index in segment.span), kept, inner
+
     def _translate(self, kept: Iterable[int], block: int) -> frozenset[int]:
         return frozenset(self.signatures[block][1][position] for position in kept)
 

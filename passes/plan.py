@@ -61,6 +61,7 @@ class Planner:
         self.maker = MoveMaker(facts, strategies, tolerance)
         self.maker.certificates.update(certificates or {})
         self.later_gradients = self._later_gradients()
+        self.recomputed: dict[object, list[str]] = {}  # by shape of a segment
         self.base = sum(size for _, size in {self.analysis.charges[v] for v in self.analysis.held})
 
     @property
@@ -152,6 +153,12 @@ class Planner:
 
     def recomputed_labels(self, segment: Segment) -> list[str]:
         """Names of the forward operations that the backward pass of a segment runs again, views apart."""
+        shape = self.maker.shape(segment)
+        if shape not in self.recomputed:
+            self.recomputed[shape] = self._recomputed_labels(segment)
+        return self.recomputed[shape]
+
+    def _recomputed_labels(self, segment: Segment) -> list[str]:
         program = backward_program(self.facts, segment)
         forward = {v for index in segment.span for e in self.analysis.blocks[index].forward for v in e.gives}
         again = (i for i in program.instructions if i.value in forward and i.operation.new)
