@@ -16,6 +16,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from examples.ordinary import build, loss
 from moonwalk_compile import BudgetError, moonwalk_compile, peers
+from moonwalk_compile.api import first_line
 from moonwalk_compile.measure import compare_steps, time_interleaved
 
 aten = torch.ops.aten
@@ -91,10 +92,6 @@ def started(model: nn.Module, inputs: Any) -> Variant:
     variant = Variant(model, loss, inputs)
     variant.step()
     return variant
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
 
 
 def ours(base: nn.Module, inputs: Any, lowering: str, budget: int) -> Variant:

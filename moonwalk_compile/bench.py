@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import peers
-from .api import moonwalk_compile, planned_session
+from .api import first_line, moonwalk_compile, planned_session
 from .errors import UsageError
 from .front import checkpoint_by_hand
 from .measure import Comparison, compare_steps, measure_step, time_interleaved
@@ -102,12 +102,6 @@ def scalar_loss(model: nn.Module, *inputs: Any) -> Tensor:
     return torch.stack([leaf.float().square().mean() for leaf in leaves]).sum()
 
 
-def _returns_loss(model: nn.Module, inputs: Sequence[Any]) -> bool:
-    with torch.no_grad():
-        result = copy.deepcopy(model)(*inputs)
-    return isinstance(result, Tensor) and result.dim() == 0
-
-
 def bench_model(build: Build, options: Options, device: str, repeats: int = 7) -> Bench:
     """Build the model for real and measure its training step in every way. Raises BudgetError as compiling does."""
     place = _place(device)
@@ -115,7 +109,7 @@ def bench_model(build: Build, options: Options, device: str, repeats: int = 7) -
     model, inputs = build()
     model = model.to(place).train()
     inputs = tuple(value.to(place) if isinstance(value, Tensor) else value for value in inputs)
-    notes = [] if _returns_loss(model, inputs) else ["the loss is outside the model: predictions leave it out"]
+    notes: list[str] = []
     ways: list[_Way] = []
     with inductor_config.patch(fallback_random=True):  # Inductor's own random numbers would be other ones than plain's
         with tqdm(desc="compiling", leave=False, disable=None) as bar:
@@ -141,7 +135,9 @@ def _ways(model: nn.Module, inputs: Sequence[Any], options: Options, notes: list
     torch._dynamo.reset()
     planner = planned_session(model, tuple(inputs), replace(options, budget=None)).planner
     assert planner is not None
-    expected = planner.plain
+    graph, expected = planner.analysis.graph, planner.plain
+    if len(graph.output_values) > 1 or any(graph.values[value].shape for value in graph.output_values):
+        notes.append("the loss is outside the model: predictions leave it out")
     yield _Way("plain", _started(peers.plain(model, options.lowering), inputs), expected.peak, 1.0)
     by_hand, checkpointed = checkpoint_by_hand(planner), peers.checkpointed(model)
     if by_hand is None or checkpointed is None:
@@ -150,7 +146,7 @@ def _ways(model: nn.Module, inputs: Sequence[Any], options: Options, notes: list
         try:
             trained = _started(peers.compiled(checkpointed, options.lowering), inputs)
         except Exception as error:
-            notes.append(f"checkpoint runs uncompiled; compiled: {_first_line(error)}")
+            notes.append(f"checkpoint runs uncompiled; compiled: {first_line(error)}")
             fallback = peers.checkpointed(model)
             assert fallback is not None
             trained = _started(fallback, inputs)
@@ -160,7 +156,7 @@ def _ways(model: nn.Module, inputs: Sequence[Any], options: Options, notes: list
             with peers.torch_budget(part):
                 trained = _started(peers.under_torch_budget(model, options.lowering), inputs)
         except Exception as error:
-            notes.append(f"torch's budget {part} does not run: {_first_line(error)}")
+            notes.append(f"torch's budget {part} does not run: {first_line(error)}")
         else:
             yield _Way(f"torch's budget {part}", trained)
     ours = moonwalk_compile(
@@ -179,10 +175,6 @@ def _started(model: nn.Module, inputs: Sequence[Any]) -> nn.Module:
     scalar_loss(model, *inputs).backward()
     model.zero_grad(set_to_none=True)
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
 
 
 def _measured(ways: Sequence[_Way], inputs: Sequence[Any], place: torch.device, repeats: int) -> tuple[Row, ...]:

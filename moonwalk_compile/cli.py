@@ -70,11 +70,15 @@ def _parser() -> argparse.ArgumentParser:
 BUDGET_HELP = "bound on the peak: bytes, 512MiB, 2GiB, or 40%% of plain's"
 
 
-def _add_plan(parser: argparse.ArgumentParser) -> None:
+def _add_goal(parser: argparse.ArgumentParser) -> None:
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument("--budget", metavar="B", help=BUDGET_HELP)
     slowdown = "without a budget: largest step time relative to plain's (default 1.5)"
     goal.add_argument("--max-slowdown", metavar="R", type=float, help=slowdown)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_goal(parser)
     _add_common(parser, "draw live memory over the step")
     parser.set_defaults(run=_plan)
 
@@ -87,10 +91,7 @@ def _add_pareto(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    goal = parser.add_mutually_exclusive_group()
-    goal.add_argument("--budget", metavar="B", help=BUDGET_HELP)
-    slowdown = "without a budget: largest step time relative to plain's (default 1.5)"
-    goal.add_argument("--max-slowdown", metavar="R", type=float, help=slowdown)
+    _add_goal(parser)
     parser.add_argument("--repeats", metavar="N", type=int, default=7, help="interleaved runs (default 7)")
     _add_common(parser, "draw measured and predicted peaks against time")
     parser.set_defaults(run=_bench)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .passes.timing import timed
 
 __all__ = [
     "Measured",
@@ -100,7 +101,7 @@ def measure_step(step: Callable[[], Any], *, device: str | torch.device = "cpu")
 
 def _measure_cpu(step: Callable[[], Any]) -> Measured:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        seconds = _timed(step)
+        seconds = timed(step, torch.device("cpu"))
     timeline = _live_bytes(_allocator_events(profile))
     return Measured(max(timeline, default=0), seconds, timeline)
 
@@ -109,7 +110,7 @@ def _measure_cuda(step: Callable[[], Any], device: torch.device) -> Measured:
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    seconds = _timed(step, device)
+    seconds = timed(step, device)
     return Measured(max(0, torch.cuda.max_memory_allocated(device) - before), seconds, ())
 
 
@@ -164,24 +165,13 @@ def time_interleaved(
     for turn in range(warmup + repeats):
         for name, step in steps.items():
             gc.collect()
-            seconds = _timed(step, torch.device(device))
+            seconds = timed(step, torch.device(device))
             if turn >= warmup:
                 samples[name].append(seconds)
     first = next(iter(samples.values()))
     return {
         name: Timing(statistics.median(own), _median_ratio(own, first), tuple(own)) for name, own in samples.items()
     }
-
-
-def _timed(step: Callable[[], Any], device: torch.device | None = None) -> float:
-    cuda = device is not None and device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    step()
-    if cuda:
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def _median_ratio(own: Iterable[float], other: Iterable[float]) -> float:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .passes.lower import Boxed, as_boxed
+from .passes.trace import storage_bytes
 from .passes.workspace import ProfilerBusy, watched
 
-Boxed = Callable[[list[Any]], Sequence[Any]]
 STEPS = 2  # libraries set themselves up in the first one: only what is held twice counts
 
 
@@ -44,7 +45,7 @@ class StepMeter:
             self.began = True
             return result
 
-        return _boxed(call)
+        return as_boxed(call)
 
     def backward(self, run: Boxed) -> Boxed:
         def call(arguments: list[Any]) -> Sequence[Any]:
@@ -55,7 +56,7 @@ class StepMeter:
             if self.device.type == "cpu":
                 result, peak, _ = self._watch(lambda: run(with_copies(arguments, self.tangents)))
             else:
-                peak = sum({address(value): size_of(value) for value in tangents}.values())
+                peak = sum({address(value): storage_bytes(value) for value in tangents}.values())
                 del tangents[:], inputs[:]
                 result, more, _ = self._watch(lambda: run(arguments))
                 peak += more
@@ -66,7 +67,7 @@ class StepMeter:
                     self.on_measured(min(self.peaks))
             return result
 
-        return _boxed(call)
+        return as_boxed(call)
 
     def _watch(self, run: Callable[[], Sequence[Any]]) -> tuple[Sequence[Any], int, int]:
         """Where the user's own profiler runs, nothing is measured."""
@@ -79,10 +80,6 @@ class StepMeter:
 
 def address(value: Any) -> int:
     return value.untyped_storage().data_ptr() if isinstance(value, Tensor) else 0
-
-
-def size_of(value: Any) -> int:
-    return value.untyped_storage().nbytes() if isinstance(value, Tensor) else 0
 
 
 def with_copies(arguments: list[Any], last: int) -> list[Any]:
@@ -98,8 +95,3 @@ def _copy(value: Any) -> Any:
         return value
     place = (value.storage_offset(), value.size(), value.stride())
     return value.new_empty(0).set_(value.untyped_storage().clone(), *place)
-
-
-def _boxed(call: Boxed) -> Boxed:
-    call._boxed_call = True  # type: ignore[attr-defined]
-    return call

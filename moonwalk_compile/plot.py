@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,28 +37,24 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
     if not plan.timeline or not plan.plain_timeline:
         todo = "plot the plan itself, or write it with to_json(timelines=True)"
         raise _cannot_plot("this plan carries no timelines", todo)
-    figure = _figure_class()(figsize=(8.5, 4.6), layout="constrained")
-    _draw(figure.add_subplot(), plan)
-    _save(figure, path)
+    _save(_draw, plan, path)
 
 
 def plot_front(front: Front, path: str | Path) -> None:
     """Draw `front` to `path`. Raises UsageError where that cannot be done."""
     check_plot_path(path)
-    figure = _figure_class()(figsize=(8.5, 4.6), layout="constrained")
-    _draw_front(figure.add_subplot(), front)
-    _save(figure, path)
+    _save(_draw_front, front, path)
 
 
 def plot_bench(bench: Bench, path: str | Path) -> None:
     """Draw what was measured to `path`. Raises UsageError where that cannot be done."""
     check_plot_path(path)
+    _save(_draw_bench, bench, path)
+
+
+def _save(draw: Callable[[Any, Any], None], subject: Any, path: str | Path) -> None:
     figure = _figure_class()(figsize=(8.5, 4.6), layout="constrained")
-    _draw_bench(figure.add_subplot(), bench)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: str | Path) -> None:
+    draw(figure.add_subplot(), subject)
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
@@ -165,10 +161,14 @@ def _draw_bench(axes: Any, bench: Bench) -> None:
             place = (row.predicted_peak_bytes / scale, row.predicted_time_ratio)
             axes.plot(*place, "o", color=color, markersize=11, fillstyle="none", zorder=3)
     axes.plot([], [], "o", color=_TEXT, markersize=11, fillstyle="none", label="predicted")
-    if bench.budget_bytes is not None and bench.budget_bytes <= 1.2 * top:
-        label = f"budget {format_bytes(bench.budget_bytes)}"
-        axes.axvline(bench.budget_bytes / scale, color=_BUDGET, linewidth=1.2, linestyle=(0, (5, 3)), label=label)
+    _mark_budget(axes, bench.budget_bytes, top, scale)
     _style_scatter(axes, "Measured peak and time of one training step", top / scale, unit)
+
+
+def _mark_budget(axes: Any, budget: int | None, top: int, scale: int) -> None:
+    if budget is not None and budget <= 1.2 * top:
+        label = f"budget {format_bytes(budget)}"
+        axes.axvline(budget / scale, color=_BUDGET, linewidth=1.2, linestyle=(0, (5, 3)), label=label)
 
 
 def _style_scatter(axes: Any, title: str, right: float, unit: str) -> None:
@@ -198,9 +198,7 @@ def _draw_front(axes: Any, front: Front) -> None:
             place = (point.peak_bytes / scale, point.time_s / front.plain_time_s)
             text = f"{MARKS[point.label]}, {format_bytes(point.peak_bytes)}"
             axes.plot(*place, marker, color=color, markersize=9, label=text, linestyle="none", zorder=4)
-    if front.budget_bytes is not None and front.budget_bytes <= 1.2 * top:
-        label = f"budget {format_bytes(front.budget_bytes)}"
-        axes.axvline(front.budget_bytes / scale, color=_BUDGET, linewidth=1.2, linestyle=(0, (5, 3)), label=label)
+    _mark_budget(axes, front.budget_bytes, top, scale)
     _style_scatter(axes, "Predicted peak and time of one training step", top / scale, unit)
 
 

@@ -60,7 +60,7 @@ class Plan:
         forward_length, plain_forward_length: index in the timelines where backward begins.
         planning_s: seconds that planning took.
         profile: how times were predicted, "model" or "measure".
-        measured_peak_bytes: what the first step held, where it was measured (`moonwalk_compile` does so once).
+        measured_peak_bytes: what the first two steps held (the smaller of both), once they have run.
     """
 
     peak_bytes: int

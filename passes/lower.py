@@ -35,6 +35,12 @@ class Half:
     pieces: int = 1
 
 
+def as_boxed(call: Boxed) -> Boxed:
+    """Tell AOTAutograd that a function takes its arguments in one list."""
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
 def boxed_eager(module: fx.GraphModule) -> Boxed:
     """FX code that takes its arguments in one list and frees each after its last use."""
     module.graph.set_codegen(torch.fx.graph._BoxedCodeGen())
@@ -44,8 +50,7 @@ def boxed_eager(module: fx.GraphModule) -> Boxed:
     def call(arguments: list[Any]) -> Sequence[Any]:
         return function(arguments)
 
-    call._boxed_call = True  # type: ignore[attr-defined]
-    return call
+    return as_boxed(call)
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,7 @@ def boxed_sequence(program: Program, calls: Sequence[_Call]) -> Boxed:
             del handed
         return tuple(slots[item.slot] if hasattr(item, "slot") else item for item in outputs)
 
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+    return as_boxed(run)
 
 
 class Ownership:

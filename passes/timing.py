@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ._torch_compat import disable_current_modes
+from ._torch_compat_inductor import disable_current_modes, tree_leaves
 from .graph import Call, Operation
 from .workspace import Like, made_up
 
@@ -114,7 +114,7 @@ def processor() -> str:
 
 def measured_seconds(call: Call, limit: float = math.inf) -> float | None:
     """The median time of a call on made-up values, or None."""
-    likes = [item for item in leaves(call[1:]) if isinstance(item, Like)]
+    likes = [item for item in tree_leaves(call[1:]) if isinstance(item, Like)]
     if not likes or sum(like.bytes for like in likes) > limit:
         return None
     with disable_current_modes(), torch.no_grad(), torch.random.fork_rng():
@@ -128,12 +128,6 @@ def measured_seconds(call: Call, limit: float = math.inf) -> float | None:
         except (RuntimeError, ValueError, TypeError, IndexError):
             return None
     return statistics.median([first, *runs])
-
-
-def leaves(tree: Any) -> list[Any]:
-    if isinstance(tree, (tuple, list)):
-        return [leaf for item in tree for leaf in leaves(item)]
-    return [tree]
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:

@@ -112,12 +112,18 @@ def test_a_loss_outside_the_model_and_inputs_that_die(expanded: bool, capfd: pyt
     assert "CPUAllocator" not in capfd.readouterr().err
 
 
-def test_a_broken_budget_is_planned_for_again_once() -> None:
+def over_budget(secret: int, budget: str, batch: int) -> tuple[nn.Module, Tensor]:
+    """A model whose first two steps have held more than its budget."""
     torch.manual_seed(0)
-    Secret.bytes, Secret.tries = 2 * MIB, 2
-    model, x = moonwalk_compile(Net(True), budget="75%", lowering="eager"), torch.randn(1024, 64)
+    Secret.bytes, Secret.tries = secret, 2
+    model, x = moonwalk_compile(Net(True), budget=budget, lowering="eager"), torch.randn(batch, 64)
     step(model, x)
     step(model, x)
+    return model, x
+
+
+def test_a_broken_budget_is_planned_for_again_once() -> None:
+    model, x = over_budget(2 * MIB, "75%", 1024)
     first = model.plan
     assert first.measured_peak_bytes > first.budget_bytes >= first.peak_bytes
     with pytest.warns(UserWarning, match="planning again"):
@@ -133,11 +139,7 @@ def test_a_broken_budget_is_planned_for_again_once() -> None:
 
 
 def test_a_budget_that_turns_out_to_be_out_of_reach() -> None:
-    torch.manual_seed(0)
-    Secret.bytes, Secret.tries = 64 * MIB, 2
-    model, x = moonwalk_compile(Net(True), budget="60%", lowering="eager"), torch.randn(512, 64)
-    step(model, x)
-    step(model, x)
+    model, x = over_budget(64 * MIB, "60%", 512)
     with pytest.warns(UserWarning, match="planning again"), pytest.raises(BudgetError) as found:
         step(model, x)
     assert found.value.smallest_peak_bytes > 64 * MIB
