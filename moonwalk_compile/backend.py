@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,6 +92,25 @@ def run_autograd(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) ->
         return compiler(gm, inputs)
 
 
+@dataclass(frozen=True)
+class Trusted:
+    """A small buffer whose values inverse rules rest on. On CPU they are compared at each step; elsewhere that would
+    wait for the device, and the tensor's version tells."""
+
+    value: Tensor
+    address: int
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Trusted:
+        return cls(tensor.detach().clone(), tensor.data_ptr(), tensor._version)
+
+    def holds(self, tensor: Tensor) -> bool:
+        if tensor.device.type == "cpu":
+            return torch.equal(tensor, self.value)
+        return (tensor.data_ptr(), tensor._version) == (self.address, self.version) or torch.equal(tensor, self.value)
+
+
 class CompiledStep:
     """The compiled callable of one graph. It may swap its plan, but only at a forward call."""
 
@@ -116,6 +135,8 @@ class CompiledStep:
             on_measured=self._measured,
         )
         compiled = run_autograd(session, self.gm, inputs)
+        with disable_current_modes():
+            self.trusted = {flat: Trusted.of(inputs[flat]) for flat in session.trusted}
         session.example_inputs = None  # nothing may outlive the step because of us
         self.session = session
         if session.plan is not None:
@@ -125,6 +146,9 @@ class CompiledStep:
     def __call__(self, *arguments: Any) -> Any:
         if torch.is_grad_enabled():
             self.steps += 1
+            if not all(trusted.holds(arguments[flat]) for flat, trusted in self.trusted.items()):
+                with disable_current_modes():
+                    self.current = self._compile(arguments)  # an index or a mask of the model has changed
             if self.overshoot is not None:
                 self._correct(arguments)
             elif self._due():

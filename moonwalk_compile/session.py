@@ -23,7 +23,8 @@ from .passes.certificates import INVERTED, Certificate, chain_error
 from .passes.certify import Certifier
 from .passes.cost import Device
 from .passes.emit import Facts, Segment
-from .passes.graph import Role
+from .passes.graph import Graph, Role
+from .passes.inverse.constants import Constants, is_candidate
 from .passes.lower import Half, Lowerer
 from .passes.plan import NoPlan, Planned, Planner
 from .passes.rewrite import to_halves
@@ -73,6 +74,7 @@ class Session:
     margin: int = 0  # bytes by which an earlier plan of this step was measured above its prediction
     on_measured: Callable[[int], None] | None = None  # is told the peak of the first steps, as the plan counts it
     meter: StepMeter | None = None
+    constants: Constants = field(default_factory=Constants)
     facts: Facts = field(init=False)
     lowerer: Lowerer = field(init=False)
     positions: dict[int, int] = field(default_factory=dict)  # primal value -> position among the graph's inputs
@@ -91,7 +93,8 @@ class Session:
         roles = {primal: role_of(inputs[flat]) for primal, flat in places.items() if flat < len(inputs)}
         capture = read_joint(joint, num_fwd_outputs, self.device, roles)
         self.positions = {capture.graph.primals[primal]: flat for primal, flat in places.items()}
-        self.analysis = analyse(capture, self.device)
+        constants = self._read_constants(capture.graph)
+        self.analysis = analyse(capture, self.device, constants, "invert" in self.options.strategies)
         workspaces = self._workspaces()
         self.facts = Facts(self.analysis, reuse=self.options.lowering == "eager", workspace=workspaces)
         self.lowerer = Lowerer(
@@ -115,6 +118,20 @@ class Session:
         self.meter = self._watch()
         self.plan = replace(self.plan, planning_s=time.perf_counter() - started - self.lowering_s)
         return to_halves(self.analysis, planned.schedule, joint)
+
+    def _read_constants(self, graph: Graph) -> Constants:
+        """What inverse rules may know of the values of buffers."""
+        inputs = self.example_inputs or ()
+        owned = {v: inputs[flat] for v, flat in self.positions.items() if graph.values[v].role in ("parameter", "buffer")}
+        found = {value: tensor for value, tensor in owned.items() if is_candidate(tensor)}
+        with disable_current_modes(), torch.no_grad():
+            self.constants = Constants.of(found) if is_real(inputs) else Constants()
+        return self.constants
+
+    @property
+    def trusted(self) -> list[int]:
+        """The positions among the graph's inputs of the buffers that inverse rules rest on."""
+        return [self.positions[value] for value in sorted(self.constants.trusted)]
 
     def _at_hand(self) -> bool:
         return not self.device.datasheet or torch.cuda.is_available()

@@ -15,6 +15,7 @@ from .capture import Capture
 from .cost import Device, edge_seconds
 from .graph import Edge, Graph, Stage, Value
 from .inverse import inverse_edges, make_call, packing_of_reader, packing_of_value
+from .inverse.constants import Constants
 from .inverse.rule import Packing
 from .trace import storage_bytes, trace_operations
 
@@ -58,10 +59,21 @@ class Analysis:
 
     def recover(self, block: Block) -> tuple[Edge, ...]:
         """The ways to compute forward values of a block forward: random operations cannot be drawn again."""
-        edges = (*block.forward, *block.late)
+        edges = (*block.forward, *block.late, *self._made_of_nothing(block))
         return tuple(edge for edge in edges if not edge.random and not edge.effect) + tuple(
             replay for edge in edges if (replay := self.replays.get(edge.gives)) is not None
         )
+
+    def _made_of_nothing(self, block: Block) -> Iterable[Edge]:
+        """What the block reads of values that need nothing (`zeros`), and that are at home in another block."""
+        own = {value for edge in (*block.forward, *block.late) for value in edge.gives}
+        read = {value for edge in (*block.forward, *block.late, *block.backward) for value in edge.needs}
+        return [edge for edge in self.sources if not own.issuperset(edge.gives) and not read.isdisjoint(edge.gives)]
+
+    @cached_property
+    def sources(self) -> tuple[Edge, ...]:
+        edges = self.graph.stage_edges("forward", "late")
+        return tuple(edge for edge in edges if not edge.needs and edge.gives)
 
     @cached_property
     def replays(self) -> dict[tuple[int, ...], Edge]:
@@ -238,14 +250,19 @@ def _sign_packs(packer: _Packer, graph: Graph, block: Block) -> tuple[list[Pack]
     return packs, edges
 
 
-def analyse(capture: Capture, device: Device) -> Analysis:
-    """Blocks, packed twins and inverse rules of a captured step."""
+def analyse(
+    capture: Capture, device: Device, constants: Constants | None = None, invertible: bool = True
+) -> Analysis:
+    """Blocks, packed twins and inverse rules of a captured step; rules may look at the values of `constants`.
+
+    `invertible` says that blocks may be inverted: then what can be inverted together is one block.
+    """
     graph = capture.graph
-    blocks = find_blocks(graph)
+    edges = inverse_edges(capture, device, constants=constants)
+    blocks = find_blocks(graph, edges if invertible else ())
     packer = _Packer(capture, device)
     packs = _exact_packs(packer, graph, blocks)
     signs = [_sign_packs(packer, graph, block) for block in blocks]
-    edges = inverse_edges(capture, device)
     extended = replace(graph, values=tuple(packer.values))
     scopes = [_scope(graph, block) for block in blocks]
     homes = _by_block(edges, scopes)

@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from .graph import Edge, Graph
+from .joining import joined_cuts
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,14 @@ def split_blocks(graph: Graph, chain: Sequence[Edge], cuts: Iterable[int]) -> li
     return [list(chain[a:b]) for a, b in pairwise(borders) if b > a]
 
 
-def find_blocks(graph: Graph) -> tuple[Block, ...]:
-    """Cut the step. Every forward, late and backward edge belongs to exactly one block."""
+def find_blocks(graph: Graph, inverse: Iterable[Edge] = ()) -> tuple[Block, ...]:
+    """Cut the step. Every forward, late and backward edge belongs to exactly one block.
+
+    With `inverse` edges, what can be inverted together stays together.
+    """
     chain = forward_chain(graph)
     live = live_sets(graph, chain)
-    cuts = cut_positions(graph, chain, live)
+    cuts = joined_cuts(graph, chain, live, cut_positions(graph, chain, live), inverse)
     pieces = split_blocks(graph, chain, cuts)
     borders = [0, *cuts, len(chain)]
     forward_block = {value: i for i, piece in enumerate(pieces) for edge in piece for value in edge.gives}

@@ -15,6 +15,7 @@ from ..cost import Device, edge_seconds
 from ..graph import Edge, Graph, Kind, Operation, Stage, refs_in
 from ..trace import trace_operations
 from . import convolution, linear, pointwise, shape
+from .constants import Constants, constant_regions
 from .orthogonal import orthogonal_values
 from .regions import find_regions
 from .rule import Call, Recipe, Region, Rule
@@ -184,16 +185,21 @@ def _is_constant(graph: Graph, value: int) -> bool:
 
 
 def inverse_edges(
-    capture: Capture, device: Device, is_orthogonal_input: Callable[[int], bool] = lambda _: False
+    capture: Capture,
+    device: Device,
+    is_orthogonal_input: Callable[[int], bool] = lambda _: False,
+    constants: Constants | None = None,
 ) -> tuple[Edge, ...]:
     """All the ways to solve for values of the step: edges of kind "inverse", and of kind "forward" for shortcuts.
 
     An edge is of stage "backward" if it touches a cotangent. A solved value has the shape, dtype and strides of the
     one it replaces; if that was a piece of a larger storage, it is dense in the same order of dimensions.
-    `is_orthogonal_input` says whether a primal is a matrix with orthonormal rows or columns.
+    `is_orthogonal_input` says whether a primal is a matrix with orthonormal rows or columns, `constants` holds buffers
+    that rules may look at.
     """
     orthogonal = orthogonal_values(capture, is_orthogonal_input)
     inverter = _Inverter(capture, device, orthogonal)
     found = [inverse for edge in capture.graph.edges for inverse in inverter.of_edge(edge)]
-    found += [inverse for region in find_regions(capture) for inverse in inverter.of_region(region)]
+    regions = [*find_regions(capture), *constant_regions(capture, constants or Constants())]
+    found += [inverse for region in regions for inverse in inverter.of_region(region)]
     return tuple(found)

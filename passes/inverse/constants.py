@@ -1,0 +1,276 @@
+"""Rules that rest on the values of buffers: permutations, index sets and masks of zeros and ones.
+
+`x[:, permutation]` is a bijection only if the indices are distinct, and no shape says so. Buffers hold the same numbers
+at every step, so whoever has them hands them over (`Constants`); the compiled step checks that they are still the same
+and plans again where they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capture import Capture
+from ..graph import Edge, Ref
+from .regions import RegionReader
+from .rule import Region
+
+LARGEST = 2**16  # elements of a constant that is looked at
+PIECES = 4  # index sets that are tried together
+
+
+@dataclass
+class Constants:
+    """What is known of the values of buffers, by value of the graph; `trusted` collects those that a region rests on."""
+
+    listed: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # vectors of integers
+    masks: frozenset[int] = frozenset()  # tensors of zeros and ones
+    trusted: set[int] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, tensors: Mapping[int, Tensor]) -> Constants:
+        """Of real tensors, outside of any fake mode."""
+        vectors = {value: t for value, t in tensors.items() if t.dtype == torch.int64 and t.dim() == 1}
+        masks = (value for value, t in tensors.items() if t.is_floating_point() and bool(((t == 0) | (t == 1)).all()))
+        return cls({value: tuple(t.tolist()) for value, t in vectors.items()}, frozenset(masks))
+
+    def indices(self, value: int | None, size: int) -> tuple[int, ...] | None:
+        """The distinct indices below `size` that `value` lists, or None."""
+        listed = self.listed.get(value) if value is not None else None
+        if listed is None:
+            return None
+        listed = tuple(index + size if index < 0 else index for index in listed)
+        sound = len(set(listed)) == len(listed) and all(0 <= index < size for index in listed)
+        return listed if sound else None
+
+
+def is_candidate(tensor: Any) -> bool:
+    """Whether a parameter or buffer can be a constant: nothing trains it, and it is small."""
+    if not isinstance(tensor, Tensor) or tensor.requires_grad:
+        return False
+    return (tensor.dtype == torch.int64 or tensor.is_floating_point()) and 0 < tensor.numel() <= LARGEST
+
+
+def constant_regions(capture: Capture, constants: Constants) -> Iterator[Region]:
+    """The regions of the joint graph that rest on `constants`."""
+    if constants.listed or constants.masks:
+        reader = RegionReader(capture)
+        yield from _gathered(reader, constants)
+        yield from _written(reader, constants)
+        yield from _mixtures(reader, constants)
+
+
+# -- gathers and writes along one dimension ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a gather takes of a tensor, or what was written into one: `value` is `whole[..., indices, ...]`."""
+
+    value: int
+    dim: int
+    index: int
+    indices: tuple[int, ...]
+
+
+def _place(reader: RegionReader, edge: Edge) -> tuple[int, int] | None:
+    """The dimension and the index tensor of `index`, `index_put` (one index) or `index_select`."""
+    args = reader.args(edge)
+    if edge.label == "index_select":
+        index = reader.value(edge, 2)
+        return None if index is None else (args[1], index)
+    listed: Sequence[Any] = args[1]
+    found = [(dim, edge.needs[item.slot]) for dim, item in enumerate(listed) if isinstance(item, Ref)]
+    return found[0] if len(found) == 1 and len(found) == sum(item is not None for item in listed) else None
+
+
+def _part(reader: RegionReader, constants: Constants, edge: Edge, value: int | None) -> _Part | None:
+    place, whole = _place(reader, edge), reader.value(edge, 0)
+    if place is None or whole is None or value is None or not reader.shape(whole):
+        return None
+    dim = place[0] % len(reader.shape(whole))
+    indices = constants.indices(place[1], reader.shape(whole)[dim])
+    return None if indices is None else _Part(value, dim, place[1], indices)
+
+
+def _gathered(reader: RegionReader, constants: Constants) -> Iterator[Region]:
+    """A value from gathers that together take each of its indices once; a permutation is one such gather."""
+    for source in list(reader.uses):
+        edges = [edge for edge in reader.uses[source] if edge.label in ("index", "index_select") and reader.value(edge, 0) == source]
+        parts = [p for edge in edges if (p := _part(reader, constants, edge, edge.gives[0])) is not None]
+        for chosen in _covers(parts, reader.shape(source)):
+            indices = tuple(part.index for part in chosen)
+            constants.trusted.update(indices)
+            function = partial(_ungather, chosen[0].dim, len(chosen))
+            yield Region((source,), (*(p.value for p in chosen), *dict.fromkeys(indices)), function, "inverse of gathers")
+
+
+def _covers(parts: Sequence[_Part], shape: Sequence[int]) -> Iterator[tuple[_Part, ...]]:
+    for count in range(1, min(PIECES, len(parts)) + 1):
+        for chosen in combinations(parts, count):
+            dim = chosen[0].dim
+            listed = [index for part in chosen for index in part.indices]
+            distinct = len({part.index for part in chosen}) == count and len(set(listed)) == len(listed)
+            if distinct and len(listed) == shape[dim] and all(part.dim == dim for part in chosen):
+                yield chosen
+                return
+
+
+def _ungather(dim: int, count: int, *tensors: Tensor) -> Tensor:
+    pieces, indices = tensors[:count], tensors[count:]
+    size = sum(index.numel() for index in indices)
+    order = torch.cat([torch.where(index < 0, index + size, index) for index in indices]).argsort()
+    return torch.cat(pieces, dim).index_select(dim, order)
+
+
+def _written(reader: RegionReader, constants: Constants) -> Iterator[Region]:
+    """`y[:, indices] = v` gives v back, from the last of the writes into the same tensor."""
+    for edge in reader.edges("index_put"):
+        if _next_write(reader, edge.gives[0]) is None:
+            yield from _chain_of_writes(reader, constants, edge)
+
+
+def _next_write(reader: RegionReader, value: int) -> Edge | None:
+    """The write that goes on from `value`, if nobody else reads it."""
+    uses = reader.uses.get(value, ())
+    alone = len(uses) == 1 and value not in reader.results and uses[0].label == "index_put"
+    return uses[0] if alone and reader.value(uses[0], 0) == value else None
+
+
+def _chain_of_writes(reader: RegionReader, constants: Constants, last: Edge) -> Iterator[Region]:
+    whole, later, edge = last.gives[0], set[int](), last
+    while True:
+        part = _part(reader, constants, edge, reader.value(edge, 2))
+        accumulates = len(reader.args(edge)) > 3 and reader.args(edge)[3]
+        if part is None or accumulates or (later and part.dim != dim):
+            return
+        dim = part.dim
+        shape = [*reader.shape(whole)]
+        shape[dim] = len(part.indices)
+        if later.isdisjoint(part.indices) and reader.shape(part.value) == tuple(shape):
+            constants.trusted.add(part.index)
+            yield Region((part.value,), (whole, part.index), partial(_pick, dim), "inverse of an indexed write")
+        later.update(part.indices)
+        before = reader.made_by(reader.value(edge, 0), "index_put")
+        if before is None or _next_write(reader, before.gives[0]) is not edge:
+            return
+        edge = before
+
+
+def _pick(dim: int, whole: Tensor, index: Tensor) -> Tensor:
+    return torch.ops.aten.index(whole, [None] * dim + [index])
+
+
+# -- masks ---------------------------------------------------------------------------------------------------------
+
+
+def _mixtures(reader: RegionReader, constants: Constants) -> Iterator[Region]:
+    """RealNVP with a mask b of zeros and ones: y = b x + (1 - b) f(x), f one elementwise step after the other.
+
+    Where b is one, y is x; elsewhere y is f(x).
+    """
+    for root in reader.edges("add"):
+        for position in (0, 1) if len(root.needs) == 2 and not root.operations[0].kwargs else ():
+            kept, changed = reader.value(root, position), reader.value(root, 1 - position)
+            found = _masked_input(reader, constants, kept)
+            if found is None or changed is None or kept is None:
+                continue
+            mask, source = found
+            y = root.gives[0]
+            if reader.shape(y) != reader.shape(source) or not _under_complement(reader, changed, mask):
+                continue
+            constants.trusted.add(mask)
+            yield Region((kept,), (y, mask), _kept_part, "kept part of a mixture")
+            yield Region((changed,), (y, mask), _changed_part, "changed part of a mixture")
+            yield from _unmixed(reader, source, changed, kept, mask)
+
+
+def _masked_input(reader: RegionReader, constants: Constants, value: int | None) -> tuple[int, int] | None:
+    """(b, x) of a product b x with a mask."""
+    product = reader.made_by(value, "mul")
+    if product is None or len(product.needs) != 2:
+        return None
+    a, b = reader.value(product, 0), reader.value(product, 1)
+    if a is None or b is None:
+        return None
+    return (a, b) if a in constants.masks else (b, a) if b in constants.masks else None
+
+
+def _is_complement(reader: RegionReader, value: int | None, mask: int) -> bool:
+    """1 - b"""
+    edge = reader.made_by(value, "rsub")
+    return edge is not None and edge.needs == (mask,) and reader.args(edge)[1:] == (1,) and not edge.operations[0].kwargs
+
+
+def _factors(reader: RegionReader, edge: Edge) -> tuple[int | None, int | None]:
+    return reader.value(edge, 0), reader.value(edge, 1)
+
+
+def _under_complement(reader: RegionReader, value: int, mask: int) -> bool:
+    """Whether `value` is a product in which 1 - b is a factor, so that it is zero where b is one."""
+    product = reader.made_by(value, "mul")
+    while product is not None:
+        factors = _factors(reader, product)
+        if any(_is_complement(reader, factor, mask) for factor in factors):
+            return True
+        product = reader.made_by(factors[0], "mul")
+    return False
+
+
+_UNDO = {"add": torch.sub, "sub": torch.add, "mul": torch.div, "div": torch.mul}
+
+
+def _unmixed(reader: RegionReader, source: int, changed: int, kept: int, mask: int) -> Iterator[Region]:
+    """x from b x and (1 - b) f(x): undo f step by step, each with its other operand at hand."""
+    steps: list[str] = []
+    others: list[int] = []
+    value: int | None = changed
+    while value != source and len(steps) < 6:
+        edge = reader.made_by(value, *_UNDO)
+        if edge is None or len(edge.needs) != 2 or edge.operations[0].kwargs:
+            return
+        first, second = _factors(reader, edge)
+        if edge.label == "mul" and (_is_complement(reader, first, mask) or _is_complement(reader, second, mask)):
+            value = second if _is_complement(reader, first, mask) else first
+            continue
+        swaps = edge.label in ("add", "mul") and not _leads_to(reader, first, source)
+        value, other = (second, first) if swaps else (first, second)
+        if other is None or value is None or reader.shape(value) != reader.shape(edge.gives[0]):
+            return
+        steps.append(edge.label)
+        others.append(other)
+    needs = (changed, kept, mask, *others)
+    if value == source and len(set(needs)) == len(needs) and source not in needs:
+        yield Region((source,), needs, partial(_unmix, tuple(steps)), "inverse of a mixture")
+
+
+def _leads_to(reader: RegionReader, value: int | None, source: int) -> bool:
+    """Whether elementwise steps lead from `source` to `value`, along first operands."""
+    for _ in range(6):
+        if value == source:
+            return True
+        edge = reader.made_by(value, *_UNDO)
+        if edge is None:
+            return False
+        value = next((v for v in _factors(reader, edge) if v == source), reader.value(edge, 0))
+    return False
+
+
+def _kept_part(y: Tensor, mask: Tensor) -> Tensor:
+    return mask * y
+
+
+def _changed_part(y: Tensor, mask: Tensor) -> Tensor:
+    return (1 - mask) * y
+
+
+def _unmix(steps: Sequence[str], changed: Tensor, kept: Tensor, mask: Tensor, *others: Tensor) -> Tensor:
+    for label, other in zip(steps, others, strict=True):
+        changed = _UNDO[label](changed, other)
+    return torch.where(mask == 1, kept, changed)
