@@ -189,7 +189,10 @@ def normflows_spline(sizes: Sizes) -> nn.Module:
 
     def step(index: int) -> list[nn.Module]:
         spline = nf.flows.CoupledRationalQuadraticSpline
-        return [spline(sizes.features, 1, sizes.hidden, reverse_mask=index % 2 == 1), nf.flows.LULinearPermute(sizes.features)]
+        return [
+            spline(sizes.features, 1, sizes.hidden, reverse_mask=index % 2 == 1),
+            nf.flows.LULinearPermute(sizes.features),
+        ]
 
     return _normflows([flow for index in range(sizes.steps) for flow in step(index)], sizes.features)
 

@@ -122,7 +122,9 @@ class Session:
     def _read_constants(self, graph: Graph) -> Constants:
         """What inverse rules may know of the values of buffers."""
         inputs = self.example_inputs or ()
-        owned = {v: inputs[flat] for v, flat in self.positions.items() if graph.values[v].role in ("parameter", "buffer")}
+        owned = {
+            v: inputs[flat] for v, flat in self.positions.items() if graph.values[v].role in ("parameter", "buffer")
+        }
         found = {value: tensor for value, tensor in owned.items() if is_candidate(tensor)}
         with disable_current_modes(), torch.no_grad():
             self.constants = Constants.of(found) if is_real(inputs) else Constants()

@@ -120,14 +120,13 @@ def _again(module: nn.Module, before: Iterable[tuple[Tensor, int]]) -> Iterator[
             f"an input of {type(module).__name__} was changed in place after it had been read",
             'train without checkpoints: strategies=("keep",)',
         )
-    saved = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
+    saved = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, version, value in saved:
-                if buffer._version != version:
-                    buffer.copy_(value)
+        for buffer, value in saved:
+            if not buffer.equal(value):  # BatchNorm moves its statistics without a new version
+                buffer.data.copy_(value)
 
 
 def _public_methods(module: nn.Module) -> list[str]:
@@ -135,7 +134,9 @@ def _public_methods(module: nn.Module) -> list[str]:
     names = {"forward"}
     for owner in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
         names.update(name for name, found in vars(owner).items() if isinstance(found, FunctionType))
-    return sorted(name for name in names if not name.startswith("_") and (name == "forward" or name not in dir(nn.Module)))
+    return sorted(
+        name for name in names if not name.startswith("_") and (name == "forward" or name not in dir(nn.Module))
+    )
 
 
 @contextlib.contextmanager

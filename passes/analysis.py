@@ -250,9 +250,7 @@ def _sign_packs(packer: _Packer, graph: Graph, block: Block) -> tuple[list[Pack]
     return packs, edges
 
 
-def analyse(
-    capture: Capture, device: Device, constants: Constants | None = None, invertible: bool = True
-) -> Analysis:
+def analyse(capture: Capture, device: Device, constants: Constants | None = None, invertible: bool = True) -> Analysis:
     """Blocks, packed twins and inverse rules of a captured step; rules may look at the values of `constants`.
 
     `invertible` says that blocks may be inverted: then what can be inverted together is one block.

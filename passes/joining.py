@@ -41,7 +41,9 @@ class _Joiner:
             for edge in self.giving.get(value, ())
             if known.issuperset(edge.needs) and known.issuperset(edge.gives)
         }
-        at_hand = self.live[last] | {v for edge in (*forward, *backward.values()) for v in edge.needs if v in self.static}
+        at_hand = self.live[last] | {
+            v for edge in (*forward, *backward.values()) for v in edge.needs if v in self.static
+        }
         return not solve([*forward, *backward.values()], at_hand, lost).missing
 
 

@@ -7,7 +7,7 @@ and plans again where they are not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
@@ -27,7 +27,7 @@ PIECES = 4  # index sets that are tried together
 
 @dataclass
 class Constants:
-    """What is known of the values of buffers, by value of the graph; `trusted` collects those that a region rests on."""
+    """What is known of the values of buffers, by value of the graph; `trusted` collects what a region rests on."""
 
     listed: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # vectors of integers
     masks: frozenset[int] = frozenset()  # tensors of zeros and ones
@@ -37,7 +37,7 @@ class Constants:
     def of(cls, tensors: Mapping[int, Tensor]) -> Constants:
         """Of real tensors, outside of any fake mode."""
         vectors = {value: t for value, t in tensors.items() if t.dtype == torch.int64 and t.dim() == 1}
-        masks = (value for value, t in tensors.items() if t.is_floating_point() and bool(((t == 0) | (t == 1)).all()))
+        masks = (value for value, t in tensors.items() if t.is_floating_point() and set(t.unique().tolist()) == {0, 1})
         return cls({value: tuple(t.tolist()) for value, t in vectors.items()}, frozenset(masks))
 
     def indices(self, value: int | None, size: int) -> tuple[int, ...] | None:
@@ -55,6 +55,15 @@ def is_candidate(tensor: Any) -> bool:
     if not isinstance(tensor, Tensor) or tensor.requires_grad:
         return False
     return (tensor.dtype == torch.int64 or tensor.is_floating_point()) and 0 < tensor.numel() <= LARGEST
+
+
+def divides_by_mask(capture: Capture, constants: Constants, edge: Edge) -> bool:
+    """Whether an inverse of a product divides by a mask or by its complement: both hold zeros."""
+    if edge.label != "inverse of mul" or not constants.masks:
+        return False
+    made = [capture.graph.definition.get(value) for value in edge.needs]
+    complements = (e for e in made if e is not None and e.label == "rsub" and len(e.needs) == 1)
+    return not constants.masks.isdisjoint((*edge.needs, *(e.needs[0] for e in complements)))
 
 
 def constant_regions(capture: Capture, constants: Constants) -> Iterator[Region]:
@@ -102,13 +111,19 @@ def _part(reader: RegionReader, constants: Constants, edge: Edge, value: int | N
 def _gathered(reader: RegionReader, constants: Constants) -> Iterator[Region]:
     """A value from gathers that together take each of its indices once; a permutation is one such gather."""
     for source in list(reader.uses):
-        edges = [edge for edge in reader.uses[source] if edge.label in ("index", "index_select") and reader.value(edge, 0) == source]
+        edges = [
+            edge
+            for edge in reader.uses[source]
+            if edge.label in ("index", "index_select") and reader.value(edge, 0) == source
+        ]
         parts = [p for edge in edges if (p := _part(reader, constants, edge, edge.gives[0])) is not None]
         for chosen in _covers(parts, reader.shape(source)):
             indices = tuple(part.index for part in chosen)
             constants.trusted.update(indices)
             function = partial(_ungather, chosen[0].dim, len(chosen))
-            yield Region((source,), (*(p.value for p in chosen), *dict.fromkeys(indices)), function, "inverse of gathers")
+            yield Region(
+                (source,), (*(p.value for p in chosen), *dict.fromkeys(indices)), function, "inverse of gathers"
+            )
 
 
 def _covers(parts: Sequence[_Part], shape: Sequence[int]) -> Iterator[tuple[_Part, ...]]:
@@ -138,29 +153,31 @@ def _written(reader: RegionReader, constants: Constants) -> Iterator[Region]:
 
 def _next_write(reader: RegionReader, value: int) -> Edge | None:
     """The write that goes on from `value`, if nobody else reads it."""
-    uses = reader.uses.get(value, ())
-    alone = len(uses) == 1 and value not in reader.results and uses[0].label == "index_put"
-    return uses[0] if alone and reader.value(uses[0], 0) == value else None
+    uses = reader.uses.get(value, [])
+    if len(uses) != 1 or value in reader.results or uses[0].label != "index_put":
+        return None
+    return uses[0] if reader.value(uses[0], 0) == value else None
 
 
 def _chain_of_writes(reader: RegionReader, constants: Constants, last: Edge) -> Iterator[Region]:
-    whole, later, edge = last.gives[0], set[int](), last
-    while True:
+    """From the last write to the first; what a later one overwrites is lost."""
+    whole, later = last.gives[0], set[int]()
+    edge: Edge | None = last
+    dims: set[int] = set()
+    while edge is not None:
         part = _part(reader, constants, edge, reader.value(edge, 2))
         accumulates = len(reader.args(edge)) > 3 and reader.args(edge)[3]
-        if part is None or accumulates or (later and part.dim != dim):
+        if part is None or accumulates or dims - {part.dim}:
             return
-        dim = part.dim
+        dims.add(part.dim)
         shape = [*reader.shape(whole)]
-        shape[dim] = len(part.indices)
+        shape[part.dim] = len(part.indices)
         if later.isdisjoint(part.indices) and reader.shape(part.value) == tuple(shape):
             constants.trusted.add(part.index)
-            yield Region((part.value,), (whole, part.index), partial(_pick, dim), "inverse of an indexed write")
+            yield Region((part.value,), (whole, part.index), partial(_pick, part.dim), "inverse of an indexed write")
         later.update(part.indices)
         before = reader.made_by(reader.value(edge, 0), "index_put")
-        if before is None or _next_write(reader, before.gives[0]) is not edge:
-            return
-        edge = before
+        edge = before if before is not None and _next_write(reader, before.gives[0]) is edge else None
 
 
 def _pick(dim: int, whole: Tensor, index: Tensor) -> Tensor:
@@ -205,7 +222,9 @@ def _masked_input(reader: RegionReader, constants: Constants, value: int | None)
 def _is_complement(reader: RegionReader, value: int | None, mask: int) -> bool:
     """1 - b"""
     edge = reader.made_by(value, "rsub")
-    return edge is not None and edge.needs == (mask,) and reader.args(edge)[1:] == (1,) and not edge.operations[0].kwargs
+    return (
+        edge is not None and edge.needs == (mask,) and reader.args(edge)[1:] == (1,) and not edge.operations[0].kwargs
+    )
 
 
 def _factors(reader: RegionReader, edge: Edge) -> tuple[int | None, int | None]:
@@ -223,7 +242,7 @@ def _under_complement(reader: RegionReader, value: int, mask: int) -> bool:
     return False
 
 
-_UNDO = {"add": torch.sub, "sub": torch.add, "mul": torch.div, "div": torch.mul}
+_UNDO: dict[str, Callable[..., Tensor]] = {"add": torch.sub, "sub": torch.add, "mul": torch.div, "div": torch.mul}
 
 
 def _unmixed(reader: RegionReader, source: int, changed: int, kept: int, mask: int) -> Iterator[Region]:
@@ -239,9 +258,9 @@ def _unmixed(reader: RegionReader, source: int, changed: int, kept: int, mask: i
         if edge.label == "mul" and (_is_complement(reader, first, mask) or _is_complement(reader, second, mask)):
             value = second if _is_complement(reader, first, mask) else first
             continue
-        swaps = edge.label in ("add", "mul") and not _leads_to(reader, first, source)
+        swaps = edge.label in ("add", "mul") and not _leads_to(reader, first, source, kept)
         value, other = (second, first) if swaps else (first, second)
-        if other is None or value is None or reader.shape(value) != reader.shape(edge.gives[0]):
+        if other is None or value is None or value == kept or reader.shape(value) != reader.shape(edge.gives[0]):
             return
         steps.append(edge.label)
         others.append(other)
@@ -250,16 +269,12 @@ def _unmixed(reader: RegionReader, source: int, changed: int, kept: int, mask: i
         yield Region((source,), needs, partial(_unmix, tuple(steps)), "inverse of a mixture")
 
 
-def _leads_to(reader: RegionReader, value: int | None, source: int) -> bool:
-    """Whether elementwise steps lead from `source` to `value`, along first operands."""
-    for _ in range(6):
-        if value == source:
-            return True
-        edge = reader.made_by(value, *_UNDO)
-        if edge is None:
-            return False
-        value = next((v for v in _factors(reader, edge) if v == source), reader.value(edge, 0))
-    return False
+def _leads_to(reader: RegionReader, value: int | None, source: int, kept: int, depth: int = 6) -> bool:
+    """Whether elementwise steps lead from `source` to `value`, past b x."""
+    if value == source:
+        return True
+    edge = reader.made_by(value, *_UNDO) if depth and value != kept else None
+    return edge is not None and any(_leads_to(reader, v, source, kept, depth - 1) for v in _factors(reader, edge))
 
 
 def _kept_part(y: Tensor, mask: Tensor) -> Tensor:

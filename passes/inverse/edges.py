@@ -15,7 +15,7 @@ from ..cost import Device, edge_seconds
 from ..graph import Edge, Graph, Kind, Operation, Stage, refs_in
 from ..trace import trace_operations
 from . import convolution, linear, pointwise, shape
-from .constants import Constants, constant_regions
+from .constants import Constants, constant_regions, divides_by_mask
 from .orthogonal import orthogonal_values
 from .regions import find_regions
 from .rule import Call, Recipe, Region, Rule
@@ -199,7 +199,9 @@ def inverse_edges(
     """
     orthogonal = orthogonal_values(capture, is_orthogonal_input)
     inverter = _Inverter(capture, device, orthogonal)
+    known = constants or Constants()
     found = [inverse for edge in capture.graph.edges for inverse in inverter.of_edge(edge)]
-    regions = [*find_regions(capture), *constant_regions(capture, constants or Constants())]
+    found = [edge for edge in found if not divides_by_mask(capture, known, edge)]
+    regions = [*find_regions(capture), *constant_regions(capture, known)]
     found += [inverse for region in regions for inverse in inverter.of_region(region)]
     return tuple(found)
