@@ -29,8 +29,9 @@ class _Joiner:
                     self.giving.setdefault(value, []).append(edge)
 
     def inverts(self, first: int, last: int) -> bool:
+        """Whether something is lost between the two places, and all of it comes back."""
         lost = self.live[first] - self.live[last]
-        if not all(value in self.giving for value in lost):
+        if not lost or not all(value in self.giving for value in lost):
             return False
         forward = [edge for edge in self.chain[first:last] if not edge.random and not edge.effect]
         scope = self.live[first].union(*(edge.gives for edge in forward))
@@ -56,9 +57,8 @@ def joined_cuts(
     kept, last = [], len(borders) - 1
     while last > 0:
         spans = range(last - 1, max(-1, last - 1 - TOGETHER), -1)
-        first = next((p for p in spans if joiner.inverts(borders[p], borders[last])), last - 1)
-        if first == 0 and last > 1 and not live[0]:
-            first = last - 1  # nothing enters the first block: that it follows says nothing
+        nearest = live[borders[last - 1]] <= live[borders[last]]  # all that enters leaves: nothing to solve for
+        first = last - 1 if nearest else next((p for p in spans if joiner.inverts(borders[p], borders[last])), last - 1)
         kept.append(borders[first])
         last = first
     return [cut for cut in reversed(kept) if cut]
