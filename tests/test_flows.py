@@ -44,13 +44,13 @@ def test_a_permutation_that_changes_is_noticed() -> None:
     options = {"lowering": "eager", "strategies": ("invert", "checkpoint"), "max_slowdown": 3}
     model, reference = moonwalk_compile(copy.deepcopy(base), **options), base
     assert compare_steps(model, reference, loss, [x]).gradient_error < 1e-5
-    before = [segment.strategy for segment in model.plan.segments]
-    assert before.count("invert") == 1
+    before = [(segment.strategy, segment.first, segment.last) for segment in model.plan.segments]
+    assert [strategy for strategy, _, _ in before].count("invert") == 1
     for values in (torch.arange(7, -1, -1), torch.tensor([0, 1, 2, 3, 4, 5, 6, 6])):  # the last is no permutation
         for net in (model, reference):
             net[3].permutation.copy_(values)
         assert compare_steps(model, reference, loss, [x]).gradient_error < 1e-5
-    assert [segment.strategy for segment in model.plan.segments] != before
+    assert [(segment.strategy, segment.first, segment.last) for segment in model.plan.segments] != before
 
 
 @pytest.mark.usefixtures("fresh_compiler")
