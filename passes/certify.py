@@ -42,12 +42,19 @@ class Values:
         reached: State = dict(start)
         for position, edge in enumerate(edges):
             needs = [self._value(value, reached) for value in edge.needs]
-            reached.update(zip(edge.gives, run_edge(edge, needs), strict=True))
+            given = [self._attribute(edge)] if isinstance(edge.operations[0].target, str) else run_edge(edge, needs)
+            reached.update(zip(edge.gives, given, strict=True))
             del needs
             for value in edge.needs:
                 if last[value] == position and value not in wanted:
                     reached.pop(value, None)
         return {value: reached[value] for value in wanted if value in reached}
+
+    def _attribute(self, edge: Edge) -> Tensor:
+        """A constant of the captured graph, `torch.tensor(...)` in the user's code."""
+        module = self.analysis.capture.nodes[edge.gives[0]].graph.owning_module
+        found: Tensor = getattr(module, str(edge.operations[0].target))
+        return found
 
     def _value(self, value: int, reached: State) -> Tensor:
         if value in reached:
