@@ -91,7 +91,7 @@ class Session:
         roles = {primal: role_of(inputs[flat]) for primal, flat in places.items() if flat < len(inputs)}
         capture = read_joint(joint, num_fwd_outputs, self.device, roles)
         self.positions = {capture.graph.primals[primal]: flat for primal, flat in places.items()}
-        self.analysis = analyse(capture, self.device)
+        self.analysis = analyse(capture, self.device, fixed_sizes=self.options.lowering == "inductor")
         workspaces = self._workspaces()
         self.facts = Facts(self.analysis, reuse=self.options.lowering == "eager", workspace=workspaces)
         self.lowerer = Lowerer(

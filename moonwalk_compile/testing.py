@@ -38,7 +38,8 @@ def check_rule(
     Args:
         arguments: x, then the parameters; they are taken in double precision.
         invert: x must follow from the result and the parameters; with False it must be refused.
-        vijp: the cotangent of the result must follow from that of x, x and the parameters; or be refused.
+        vijp: the cotangent of the result must follow from that of x, x, the parameters and the fragments that rules
+            keep of cotangents; or be refused.
 
     Returns the names of the operations and inverses that were used. Raises AssertionError.
     """
@@ -49,9 +50,10 @@ def check_rule(
         truth = true_values(capture, doubles)
     graph, edges = capture.graph, all_edges(capture)
     x, parameters = graph.primals[0], graph.primals[1:]
+    fragments = take_fragments(edges, truth)
     used = check_reached(edges, truth, [*graph.output_values, *parameters], [x], invert)
-    gradient = graph.gradients[0].slot
-    return used | check_reached(edges, truth, [*graph.primals, gradient], graph.tangents, vijp)
+    known = [*graph.primals, graph.gradients[0].slot, *fragments]
+    return used | check_reached(edges, {**truth, **fragments}, known, graph.tangents, vijp)
 
 
 def capture_joint(function: Callable[..., Any], arguments: Sequence[Tensor]) -> Capture:
@@ -90,6 +92,12 @@ def true_values(capture: Capture, arguments: Sequence[Tensor]) -> dict[int, Any]
 def all_edges(capture: Capture) -> list[Edge]:
     forward = [edge for edge in capture.graph.edges if not edge.effect and not edge.random]
     return [*forward, *inverse_edges(capture, DEVICES["cpu"])]
+
+
+def take_fragments(edges: Sequence[Edge], truth: dict[int, Any]) -> dict[int, Any]:
+    """What the spine would keep for the rules that need it."""
+    found = run_edges([edge for edge in edges if edge.kind == "fragment"], truth)
+    return {value: tensor for value, tensor in found.items() if value not in truth}
 
 
 def check_reached(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
 
-from .bits import pack_bits, strict_sign, unpack_two
+from .bits import pack_bits, strict_sign, take_marked, unpack_two
 from .blocks import Block, find_blocks
 from .capture import Capture
 from .cost import Device, edge_seconds
@@ -36,7 +36,7 @@ class Analysis:
     """`packs` are exact stand-ins by value; `signs` maps (backward edge, need) to what a one-bit reader may be given.
 
     `inverse[b]` solves forward values of block b, `vijp[b]` its cotangents, `shortcuts[b]` are cheaper ways through
-    its cotangent spine.
+    its cotangent spine, `fragments[b]` take what some of `vijp[b]` need of the cotangents that the spine sees.
     """
 
     capture: Capture
@@ -49,6 +49,7 @@ class Analysis:
     shortcuts: tuple[tuple[Edge, ...], ...]
     signs: tuple[tuple[Pack, ...], ...]
     strict_signs: tuple[tuple[Edge, ...], ...]
+    fragments: tuple[tuple[Edge, ...], ...]
     fakes: Mapping[int, Any]
 
     @cached_property
@@ -238,17 +239,28 @@ def _sign_packs(packer: _Packer, graph: Graph, block: Block) -> tuple[list[Pack]
     return packs, edges
 
 
-def analyse(capture: Capture, device: Device) -> Analysis:
-    """Blocks, packed twins and inverse rules of a captured step."""
+def _of_fixed_size(edges: Sequence[Edge]) -> list[Edge]:
+    """Without the fragments whose size only the values decide, and the inverses that need these."""
+    takes = [e for e in edges if any(op.target is take_marked.default for op in e.operations)]
+    dynamic = {value for edge in takes for value in edge.gives}
+    return [edge for edge in edges if not dynamic.intersection((*edge.gives, *edge.needs))]
+
+
+def analyse(capture: Capture, device: Device, fixed_sizes: bool = False) -> Analysis:
+    """Blocks, packed twins and inverse rules of a captured step.
+
+    With `fixed_sizes`, no tensor of generated code may differ in size from its fake.
+    """
     graph = capture.graph
     blocks = find_blocks(graph)
     packer = _Packer(capture, device)
     packs = _exact_packs(packer, graph, blocks)
     signs = [_sign_packs(packer, graph, block) for block in blocks]
-    edges = inverse_edges(capture, device)
+    edges = inverse_edges(capture, device, add_value=partial(packer.add_value, stage="backward"))
+    edges = tuple(_of_fixed_size(edges)) if fixed_sizes else edges
     extended = replace(graph, values=tuple(packer.values))
     scopes = [_scope(graph, block) for block in blocks]
-    homes = _by_block(edges, scopes)
+    homes = _by_block(graph, edges, scopes)
     return Analysis(
         capture,
         extended,
@@ -258,8 +270,11 @@ def analyse(capture: Capture, device: Device) -> Analysis:
         inverse=tuple(tuple(e for e in home if e.kind == "inverse" and e.stage == "forward") for home in homes),
         vijp=tuple(tuple(e for e in home if e.kind == "inverse" and e.stage == "backward") for home in homes),
         shortcuts=tuple(
-            tuple(e for e in home if e.kind != "inverse") + tuple(read)
+            tuple(e for e in home if e.kind == "forward") + tuple(read)
             for home, (_, read) in zip(homes, signs, strict=True)
+        ),
+        fragments=tuple(
+            tuple(_fragments(home, packs, readers)) for home, (packs, readers) in zip(homes, signs, strict=True)
         ),
         strict_signs=tuple(tuple(_strict_signs(capture, block, device)) for block in blocks),
         signs=tuple(tuple(packs) for packs, _ in signs),
@@ -267,19 +282,43 @@ def analyse(capture: Capture, device: Device) -> Analysis:
     )
 
 
+def _fragments(home: Iterable[Edge], packs: Iterable[Pack], readers: Iterable[Edge]) -> Iterator[Edge]:
+    """The edges that take fragments; also from bits, where the operation that they belong to may read these."""
+    originals = {pack.decode.gives[0]: pack.value for pack in packs}
+    for edge in home:
+        if edge.kind != "fragment":
+            continue
+        yield edge
+        for reader in readers:
+            if f"fragment of {reader.label}" == f"{edge.label} from bits" and edge.needs[0] in reader.needs:
+                bits = {originals[need]: need for need in reader.needs if need in originals}
+                if bits.keys() & set(edge.needs):
+                    yield replace(edge, needs=tuple(bits.get(need, need) for need in edge.needs))
+
+
 def _scope(graph: Graph, block: Block) -> set[int]:
     own = {v for edge in (*block.forward, *block.late, *block.backward) for v in (*edge.gives, *edge.needs)}
     return own | {*block.live_in, *block.live_out, *block.cotangents_in, *block.cotangents_out} | graph.static
 
 
-def _by_block(edges: Iterable[Edge], scopes: list[set[int]]) -> list[list[Edge]]:
+def _by_block(graph: Graph, edges: Sequence[Edge], scopes: list[set[int]]) -> list[list[Edge]]:
+    """The blocks that hold all values of an edge; an inverse that needs fragments is where these can be taken."""
+    taking = {value: edge for edge in edges if edge.kind == "fragment" for value in edge.gives}
+
+    def values(edge: Edge) -> Iterator[int]:
+        for value in (*edge.gives, *edge.needs):
+            if value < len(graph.values):
+                yield value
+            elif edge.kind != "fragment":
+                yield from taking[value].needs
+
     holders: dict[int, set[int]] = {}
     for index, scope in enumerate(scopes):
         for value in scope:
             holders.setdefault(value, set()).add(index)
     homes: list[list[Edge]] = [[] for _ in scopes]
     for edge in edges:
-        common = set.intersection(*(holders.get(value, set()) for value in (*edge.gives, *edge.needs)))
+        common = set.intersection(*(holders.get(value, set()) for value in values(edge)))
         for index in common:
             homes[index].append(edge)
     return homes

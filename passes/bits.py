@@ -17,6 +17,8 @@ from torch.library import Library, register_fake
 _library = Library("moonwalk_compile", "DEF")
 _library.define("pack_bits(Tensor source, float low=0., float? high=None) -> Tensor")
 _library.define("strict_sign(Tensor source) -> Tensor")
+_library.define("take_marked(Tensor source, Tensor marks, float expected) -> Tensor")
+_library.define("put_marked(Tensor target, Tensor marks, Tensor taken) -> Tensor")
 _library.define("unpack_two(Tensor packed, SymInt[] size, float high, float low, ScalarType dtype) -> Tensor")
 
 _GATHER = 0x0102040810204080  # times a word of eight 0/1 bytes: the top byte is the eight bits
@@ -52,6 +54,19 @@ def _unpack(packed: Tensor, size: Sequence[int], high: float, low: float, dtype:
     return rows.view(-1)[: math.prod(size)].view(list(size))
 
 
+def _take_marked(source: Tensor, marks: Tensor, expected: float) -> Tensor:
+    """The marked elements (a bit each), in order. How many they are is known at run time only: the planner counts
+    with the `expected` part of all."""
+    return source.reshape(-1)[_unpack(marks, [source.numel()], 1, 0, torch.uint8).bool()]
+
+
+def _put_marked(target: Tensor, marks: Tensor, taken: Tensor) -> Tensor:
+    """`target` with its marked elements replaced by those that were taken."""
+    chosen = _unpack(marks, [target.numel()], 1, 0, torch.uint8).bool()
+    flat = target.clone(memory_format=torch.contiguous_format).view(-1)
+    return flat.masked_scatter_(chosen, taken).view(target.shape)
+
+
 def _strict_sign(source: Tensor) -> Tensor:
     """1 above zero, else -1: as a sign packed into one bit comes back."""
     signs = torch.sgn(source)
@@ -63,6 +78,8 @@ def _strict_sign(source: Tensor) -> Tensor:
 _library.impl("strict_sign", _strict_sign, "CompositeExplicitAutograd")
 _library.impl("pack_bits", _pack, "CompositeExplicitAutograd")
 _library.impl("unpack_two", _unpack, "CompositeExplicitAutograd")
+_library.impl("take_marked", _take_marked, "CompositeExplicitAutograd")
+_library.impl("put_marked", _put_marked, "CompositeExplicitAutograd")
 
 
 @register_fake("moonwalk_compile::pack_bits")
@@ -80,6 +97,18 @@ def _unpack_fake(packed: Tensor, size: Sequence[int], high: float, low: float, d
     return packed.new_empty(list(size), dtype=dtype)
 
 
+@register_fake("moonwalk_compile::take_marked")
+def _take_fake(source: Tensor, marks: Tensor, expected: float) -> Tensor:
+    return source.new_empty(math.ceil(source.numel() * expected))
+
+
+@register_fake("moonwalk_compile::put_marked")
+def _put_fake(target: Tensor, marks: Tensor, taken: Tensor) -> Tensor:
+    return target.new_empty(target.shape)
+
+
 pack_bits = torch.ops.moonwalk_compile.pack_bits
 strict_sign = torch.ops.moonwalk_compile.strict_sign
+take_marked = torch.ops.moonwalk_compile.take_marked
+put_marked = torch.ops.moonwalk_compile.put_marked
 unpack_two = torch.ops.moonwalk_compile.unpack_two

@@ -250,14 +250,15 @@ class Certifier:
         return [edge for edge in self.analysis.recover(self.analysis.blocks[index]) if edge.kind == "forward"]
 
     def _moonwalk(
-        self, run: range, kept: Mapping[int, State], known: Mapping[int, Certificate]
+        self, run: range, kept: dict[int, State], known: Mapping[int, Certificate]
     ) -> Iterator[tuple[int, Certificate]]:
         """A random cotangent goes down the spine; the sweep starts from what arrives."""
         blocks = self.analysis.blocks
         generator = torch.Generator().manual_seed(1)
         cotangents = {value: self._random(value, generator) for value in blocks[run[-1]].cotangents_in}
         for index in reversed(run):
-            cotangents = self._down(index, cotangents, kept[index])
+            cotangents, fragments = self._down(index, cotangents, kept[index])
+            kept[index].update(fragments)
         entry = kept.get(run[0] - 1, {})
         start = {**{value: entry[value] for value in blocks[run[0]].live_in}, **cotangents}
         links = [self._sweep(index, kept[index]) for index in run]
@@ -269,18 +270,23 @@ class Certifier:
         fake = self.analysis.fakes[value]
         return torch.randn(tuple(fake.shape), generator=generator).to(device=fake.device, dtype=fake.dtype)
 
-    def _down(self, index: int, cotangents: State, kept: State) -> State:
-        block = self.analysis.blocks[index]
-        solution = self.facts.spine(index).solution
-        edges = [edge for edge in solution.program(block.cotangents_out) if edge.label != "residual"]
-        reached = self.values.run(edges, {**kept, **cotangents}, block.cotangents_out)
-        return _picked(block.cotangents_out, reached, cotangents)
+    def _down(self, index: int, cotangents: State, kept: State) -> tuple[State, State]:
+        """The cotangents in front of a block, and the fragments that its sweep wants."""
+        block, spine = self.analysis.blocks[index], self.facts.spine(index)
+        wanted = (*block.cotangents_out, *spine.fragments)
+        edges = [edge for edge in spine.solution.program(wanted) if edge.label != "residual"]
+        reached = self.values.run(edges, {**kept, **cotangents}, wanted)
+        fragments = {value: reached[value] for value in spine.fragments}
+        return _picked(block.cotangents_out, reached, cotangents), fragments
 
     def _sweep(self, index: int, masks: State) -> _Link:
         block = self.analysis.blocks[index]
         solution = self.facts.sweep(index)
         up = solution.program((*block.live_out, *block.cotangents_in))
-        true_spine = _ancestors(block.backward, block.cotangents_out)
+        fragments = self.facts.spine(index).fragments
+        original = len(self.analysis.capture.graph.values)
+        taking = [edge for edge in self.analysis.fragments[index] if all(value < original for value in edge.needs)]
+        true_spine = _ancestors([*block.backward, *taking], (*block.cotangents_out, *fragments))
         reads = {v for edge in true_spine for v in edge.needs}
 
         def recover(state: State) -> State:
@@ -289,13 +295,15 @@ class Certifier:
             return _picked(wanted, reached, state)
 
         def apply(state: State, before: State) -> State:
-            """The backward edges as they stand in the joint graph: exact zeros and ties show here."""
+            """The backward edges as they stand in the joint graph: exact zeros and ties show here. Fragments are taken
+            anew, of the cotangents that are to be recovered."""
             entry = {value: before[value] for value in block.live_in}
             edges = [*self._forward_edges(index)]
             forward = self.values.run(edges, {**masks, **entry}, {*reads, *block.live_in})
             cotangents = {value: state[value] for value in block.cotangents_in}
-            reached = self.values.run(true_spine, {**forward, **cotangents}, block.cotangents_out)
-            return entry | _picked(block.cotangents_out, reached, state)
+            wanted = (*block.cotangents_out, *fragments)
+            reached = self.values.run(true_spine, {**forward, **cotangents}, wanted)
+            return entry | _picked(wanted, reached, state)
 
         return _Link(index, recover, apply, block.cotangents_in)
 

@@ -19,7 +19,8 @@ class Cost:
     """Bytes and seconds of a segment taken alone.
 
     `own` are the bytes kept apart from those shared with the border before it (`border_in`); `covers_out` says that
-    everything alive at its far border is kept too. `forward_peak` and `backward_peak` include what it keeps.
+    everything alive at its far border is kept too. `forward_peak` and `backward_peak` include what it keeps;
+    `fragments` are the bytes that wait within the backward pass, between the spine and the sweep.
     """
 
     own: int
@@ -29,6 +30,7 @@ class Cost:
     forward_peak: int
     backward_peak: int
     seconds: float
+    fragments: int = 0
 
     @property
     def kept(self) -> int:
@@ -94,7 +96,15 @@ def segment_cost(facts: Facts, segment: Segment) -> Cost | None:
         forward_peak=simulated(facts, forward).peak,
         backward_peak=simulated(facts, backward).peak,
         seconds=_program_seconds(analysis, backward) - _backward_seconds(analysis, segment),
+        fragments=_fragment_bytes(facts, segment),
     )
+
+
+def _fragment_bytes(facts: Facts, segment: Segment) -> int:
+    if segment.strategy != "moonwalk":
+        return 0
+    values = facts.analysis.graph.values
+    return sum(values[value].bytes for index in segment.span for value in facts.spine(index).fragments)
 
 
 def with_passing(facts: Facts, segment: Segment, cost: Cost) -> Cost:
@@ -159,6 +169,7 @@ def signature(facts: Facts, block: Block) -> tuple[object, tuple[int, ...]]:
         analysis.inverse[block.index],
         analysis.vijp[block.index],
         analysis.shortcuts[block.index],
+        analysis.fragments[block.index],
     )
     description = tuple(tuple(edge_key(edge) for edge in part) for part in parts)
     for value in list(order):

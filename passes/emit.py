@@ -13,7 +13,7 @@ from typing import Any, cast
 from .analysis import Analysis
 from .blocks import Block
 from .graph import Edge, Operation, Ref
-from .inverse.solve import Solution, solve
+from .inverse import WAITING_BYTES_PER_S, Solution, solve
 from .program import Builder, Program
 
 
@@ -75,16 +75,23 @@ def random_residue(analysis: Analysis, edge: Edge) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Spine:
-    """How a block's input cotangents follow from its output cotangents, and what of the forward pass that reads."""
+    """How a block's input cotangents follow from its output cotangents, and what of the forward pass that reads.
+
+    The `fragments` are taken of the cotangents on the way, and wait for the sweep.
+    """
 
     solution: Solution
     residuals: tuple[int, ...]
     missing: tuple[int, ...]
+    fragments: tuple[int, ...] = ()
 
 
-def block_spine(analysis: Analysis, block: Block) -> Spine:
-    """The cheapest spine: reading a value of the forward pass costs its bytes, a bit per element where bits will do."""
-    graph, bandwidth = analysis.graph, 1e9
+def block_spine(analysis: Analysis, block: Block, fragments: Sequence[int] = ()) -> Spine:
+    """The cheapest spine: reading a value of the forward pass costs its bytes, a bit per element where bits will do.
+
+    On its way it takes the `fragments` that the block's sweep wants.
+    """
+    graph = analysis.graph
     packs = [
         *analysis.signs[block.index],
         *(analysis.packs[v] for v in _spine_reads(analysis, block) if v in analysis.packs),
@@ -93,7 +100,7 @@ def block_spine(analysis: Analysis, block: Block) -> Spine:
     packs = list({pack.kept: pack for pack in packs}.values())
     readable = {*(pack.kept for pack in packs), *_spine_reads(analysis, block)}
     reading = [
-        Edge((v,), (), (), (), "residual", seconds=graph.values[graph.values[v].storage].bytes / bandwidth)
+        Edge((v,), (), (), (), "residual", seconds=graph.values[graph.values[v].storage].bytes / WAITING_BYTES_PER_S)
         for v in readable
     ]
     edges = (
@@ -101,16 +108,18 @@ def block_spine(analysis: Analysis, block: Block) -> Spine:
         *(pack.decode for pack in packs),
         *block.backward,
         *analysis.shortcuts[block.index],
+        *analysis.fragments[block.index],
     )
-    found = solve(edges, {*block.cotangents_in, *graph.static}, block.cotangents_out)
-    residuals = [edge.gives[0] for edge in found.program(block.cotangents_out)] if not found.missing else []
+    wanted = (*block.cotangents_out, *fragments)
+    found = solve(edges, {*block.cotangents_in, *graph.static}, wanted)
+    residuals = [edge.gives[0] for edge in found.program(wanted)] if not found.missing else []
     used = {value for value in residuals if found.edge[value].label == "residual"}
-    return Spine(found, tuple(sorted(used)), found.missing)
+    return Spine(found, tuple(sorted(used)), found.missing, tuple(fragments))
 
 
 def _spine_reads(analysis: Analysis, block: Block) -> set[int]:
     graph = analysis.graph
-    edges = (*block.backward, *analysis.shortcuts[block.index])
+    edges = (*block.backward, *analysis.shortcuts[block.index], *analysis.fragments[block.index])
     return {
         v
         for e in edges
@@ -131,15 +140,33 @@ def block_sweep(analysis: Analysis, block: Block) -> Solution:
         *analysis.vijp[block.index],
         *(edge for edge in analysis.shortcuts[block.index] if all(value < original for value in edge.needs)),
     )
-    known = {*block.live_in, *block.cotangents_out, *analysis.graph.static, *residue(analysis, block)}
-    return solve(edges, known, (*block.live_out, *block.cotangents_in, *block.gradients))
+    taken = _taken_values(analysis, block.index)
+    known = {*block.live_in, *block.cotangents_out, *analysis.graph.static, *residue(analysis, block), *taken}
+    return solve(edges, known, swept(block))
+
+
+def swept(block: Block) -> tuple[int, ...]:
+    """What the sweep of a block has to give."""
+    return (*block.live_out, *block.cotangents_in, *block.gradients)
+
+
+def wanted_fragments(analysis: Analysis, block: Block, sweep: Solution) -> tuple[int, ...]:
+    """The fragments that a block's sweep reads."""
+    if sweep.missing:
+        return ()
+    read = {value for edge in sweep.program(swept(block)) for value in edge.needs}
+    return tuple(value for value in _taken_values(analysis, block.index) if value in read)
+
+
+def _taken_values(analysis: Analysis, index: int) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(value for edge in analysis.fragments[index] for value in edge.gives))
 
 
 def block_passing(analysis: Analysis, block: Block) -> frozenset[int]:
     """Forward values and cotangents that are alive before and behind a block, and that no edge of it touches."""
     index = block.index
     own = (block.forward, block.late, block.backward)
-    rules = (analysis.inverse[index], analysis.vijp[index], analysis.shortcuts[index])
+    rules = (analysis.inverse[index], analysis.vijp[index], analysis.shortcuts[index], analysis.fragments[index])
     touched = {v for edges in (*own, *rules) for edge in edges for v in (*edge.needs, *edge.gives)}
     through = {*block.live_in}.intersection(block.live_out) | {*block.cotangents_in}.intersection(block.cotangents_out)
     return frozenset(through - touched)
@@ -167,7 +194,10 @@ class Facts:
         return cast(Solution, self._once("inversion", index, block_solution))
 
     def spine(self, index: int) -> Spine:
-        return cast(Spine, self._once("spine", index, block_spine))
+        return cast(Spine, self._once("spine", index, self._spine))
+
+    def _spine(self, analysis: Analysis, block: Block) -> Spine:
+        return block_spine(analysis, block, wanted_fragments(analysis, block, self.sweep(block.index)))
 
     def sweep(self, index: int) -> Solution:
         return cast(Solution, self._once("sweep", index, block_sweep))
@@ -275,9 +305,11 @@ class BackwardEmitter:
         leaving = {*blocks[0].cotangents_out}
         before = set(self.builder.environment)
         for block in reversed(blocks):
-            spine = self.facts.spine(block.index).solution.edge
-            self.routes.update({value: edge for value, edge in spine.items() if edge.label != "residual"})
-            self.ensure(block.cotangents_out, block.index)
+            spine = self.facts.spine(block.index)
+            routes = spine.solution.edge.items()
+            self.routes.update({value: edge for value, edge in routes if edge.label != "residual"})
+            self.ensure((*block.cotangents_out, *spine.fragments), block.index)
+            leaving.update(spine.fragments)
         inside = (set(self.builder.environment) - before) | {*blocks[-1].cotangents_in}
         self.builder.forget(inside - leaving)
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 Stage = Literal["forward", "late", "backward"]
 Role = Literal["parameter", "buffer", "input", "tangent", "computed"]
-Kind = Literal["forward", "inverse", "codec"]
+Kind = Literal["forward", "inverse", "codec", "fragment"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -257,6 +257,7 @@ def _continued(last: Cost, before: Cost) -> Cost:
         forward_peak=2 * last.forward_peak - before.forward_peak,
         backward_peak=2 * last.backward_peak - before.backward_peak,
         seconds=2 * last.seconds - before.seconds,
+        fragments=2 * last.fragments - before.fragments,
     )
 
 
@@ -272,14 +273,15 @@ def _joined(strategy: str, front: Cost, back: Cost) -> Cost:
             backward_peak=max(front.backward_peak, back.backward_peak + front.kept),
             seconds=front.seconds + back.seconds,
         )
-    residuals = back.own
-    working = max(front.backward_peak - front.kept, back.backward_peak - back.kept)
+    residuals, fragments = back.own, front.fragments + back.fragments
+    working = max(cost.backward_peak - cost.kept - cost.fragments for cost in (front, back))
     return Cost(
         own=front.own + residuals,
         border_in=front.border_in,
         covers_in=front.covers_in,
         covers_out=False,
         forward_peak=max(front.forward_peak, back.forward_peak - back.border_in + front.kept),
-        backward_peak=front.kept + residuals + working,
+        backward_peak=front.kept + residuals + fragments + working,
         seconds=front.seconds + back.seconds,
+        fragments=fragments,
     )

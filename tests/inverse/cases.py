@@ -42,6 +42,10 @@ POINTWISE = [
     Case("abs", torch.abs, "bn", invert=False),
 ]
 
+ERASING = [
+    Case("relu", torch.relu, "bn", invert=False),
+]
+
 SHAPE = [
     Case("view", lambda x: x.view(-1) * 2, "bn"),
     Case("_unsafe_view", lambda x, w: x @ w, "bkn nn"),
@@ -118,7 +122,6 @@ REFUSED = [
     Case("cos", torch.cos, "bn", invert=False),
     Case("square", torch.square, "bn", invert=False),
     Case("x times x", lambda x: x * x, "bn", invert=False, vijp=False),
-    Case("relu", torch.relu, "bn", invert=False, vijp=False),
     Case("gelu", F.gelu, "bn", invert=False, vijp=False),
     Case("leaky_relu falling", lambda x: F.leaky_relu(x, -0.2), "bn", invert=False, vijp=False),
     Case("leaky_relu flat", lambda x: F.leaky_relu(x, 0.0), "bn", invert=False, vijp=False),
@@ -229,4 +232,4 @@ COMPOSITE = [
     Case("nested", lambda x, u, d, w: F.leaky_relu(_additive(x, u, d) @ w, 0.3).sinh(), "b8 46 64 88"),
 ]
 
-CASES = [*POINTWISE, *SHAPE, *LINEAR, *CONVOLUTION, *REFUSED, *COMPOSITE]
+CASES = [*POINTWISE, *ERASING, *SHAPE, *LINEAR, *CONVOLUTION, *REFUSED, *COMPOSITE]

@@ -113,6 +113,7 @@ def analysis_of(
         shortcuts=nothing,
         signs=nothing,
         strict_signs=nothing,
+        fragments=nothing,
         fakes={value.index: f"{value.dtype}{list(value.shape)}" for value in graph.values},
     )
 
