@@ -213,10 +213,13 @@ class Session:
     def _choose(self, planner: Planner, plain: Planned, less: int) -> Planned:
         """The plan as simulated; `less` bytes are taken off the budget. What cannot be met gets the smallest plan."""
         if self.options.budget is None:
-            return planner.slowed(self.options.max_slowdown * plain.seconds)
-        planned = planner.within(self.options.budget.resolve(plain.peak) - less)
-        self.cornered = planned is None
-        return planner.smallest() if planned is None else planned
+            limit = self.options.max_slowdown * plain.seconds
+            planned = planner.slowed(limit)
+            return planner.tidied(planned, planned.peak, limit)
+        budget = self.options.budget.resolve(plain.peak) - less
+        found = planner.within(budget)
+        self.cornered = found is None
+        return planner.smallest() if found is None else planner.tidied(found, budget, math.inf)
 
     def _lower(self, planned: Planned) -> int:
         """Compile both halves; return the peak of what was generated (of the simulation where that is what runs)."""
