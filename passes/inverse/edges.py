@@ -18,6 +18,7 @@ from . import convolution, linear, pointwise, shape
 from .orthogonal import orthogonal_values
 from .regions import find_regions
 from .rule import Call, Recipe, Region, Rule
+from .spine import find_input_gradients
 
 RULES: dict[str, Rule] = {**pointwise.RULES, **shape.RULES, **linear.RULES, **convolution.RULES}
 CUSTOM: dict[str, Rule] = {}  # what users have registered, by qualified name
@@ -195,5 +196,6 @@ def inverse_edges(
     orthogonal = orthogonal_values(capture, is_orthogonal_input)
     inverter = _Inverter(capture, device, orthogonal)
     found = [inverse for edge in capture.graph.edges for inverse in inverter.of_edge(edge)]
-    found += [inverse for region in find_regions(capture) for inverse in inverter.of_region(region)]
+    regions = (*find_regions(capture), *find_input_gradients(capture))
+    found += [inverse for region in regions for inverse in inverter.of_region(region)]
     return tuple(found)
