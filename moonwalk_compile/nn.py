@@ -90,7 +90,7 @@ class OrthogonalLinear(nn.Module):
 
     Square: orthogonal and invertible, with determinant 1. The inverse is W^T, so the compiler may use `invert` or
     `moonwalk`. Narrowing (out < in): submersive, the rows of W are orthonormal; `moonwalk`. Widening: an isometry;
-    `invert`. Neither amplifies rounding errors. Each forward pass makes W anew by one LU of max(in, out)^3 size.
+    `invert`. Neither amplifies rounding errors. Each forward pass makes W anew, by one LU of size max(in, out).
 
     >>> layer = OrthogonalLinear(256, 256)
     >>> torch.linalg.svdvals(layer.weight)  # all 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def _input_gradient(capture: Capture, edge: Edge) -> Region | None:
     return Region((given,), needs, function, "convolution's input gradient", inverse=False)
 
 
-def _listed(item: object) -> object:
+def _listed(item: Any) -> Any:
     """Hashable: equal regions are traced once."""
     return tuple(item) if isinstance(item, (list, tuple)) else item
 
