@@ -1,0 +1,101 @@
+"""Reverse mode in three ways: all activations are kept, or some, or none and they are solved for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OptionError
+from .chain import Batch, Gradients, Layer, Loss, Result, chain_of, loss_and_cotangent, scalar
+from .links import TOLERANCE, check, laid_out, links_of
+from .replay import Replay, replay_of, untouched
+
+
+def backprop(module: nn.Module, loss_fn: Loss, batch: Batch) -> Result:
+    """Plain backpropagation: autograd keeps all that the backward pass will read. The others are measured by it."""
+    x, target = batch
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        loss = scalar(loss_fn(module(x), target))
+    found = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True) if parameters else ()
+    return loss.detach(), dict(zip(parameters, found, strict=True))
+
+
+def checkpointed_backprop(module: nn.Module, loss_fn: Loss, batch: Batch, *, segments: int | None = None) -> Result:
+    """Keep the input of each segment of the chain; in the backward pass, run one segment at a time again.
+
+    Args:
+        segments: how many; by default the square root of the number of layers (Chen et al. 2016).
+    """
+    x, target = batch
+    checkpoints: list[tuple[Replay, Any]] = []
+    for layers in divided(chain_of(module), segments):
+        checkpoints.append((replay_of(layers, x), x))
+        with torch.no_grad(), untouched(x):
+            for layer in layers:
+                x = layer.module(x)
+    loss, h = loss_and_cotangent(loss_fn, x, target)
+    del x
+
+    gradients = Gradients(module)
+    while checkpoints:
+        segment, x = checkpoints.pop()
+        h, found = segment_backward(segment, x, h, wants_input=bool(checkpoints))
+        for layer, of_layer in zip(segment.layers, found, strict=True):
+            gradients.add(layer, of_layer)
+    return loss, gradients.finish()
+
+
+def rev_backprop(module: nn.Module, loss_fn: Loss, batch: Batch, *, tolerance: float = TOLERANCE) -> Result:
+    """RevBackprop (Gomez et al. 2017): keep the output alone, and solve each layer's input from its output.
+
+    Every layer must be invertible. Raises UsageError for one that is not, and where the input that is recovered at the
+    end differs from the true one by more than `tolerance` (relative): then the gradients are not to be trusted.
+    """
+    x, target = batch
+    links = links_of(module, x, "rev_backprop", ("forward", "reverse"))
+    state = [x.detach()]
+    for link in links:
+        state = [link.forward(state)]
+    loss, h = loss_and_cotangent(loss_fn, state[0], target)
+
+    gradients = Gradients(module)
+    state.append(laid_out(h, state[0]))  # [x_L, h_L]
+    del h
+    for link in reversed(links):
+        state, found = link.reverse(state)
+        gradients.add(link.layer, found)
+    check("the input that inversion recovers", state[0], x, tolerance)
+    for link in links:
+        link.commit()
+    return loss, gradients.finish()
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def divided(layers: Sequence[Layer], segments: int | None) -> Iterator[Sequence[Layer]]:
+    """Runs of layers of about equal length."""
+    if segments is not None and segments < 1:
+        raise OptionError("No segments", f"segments is {segments}", "ask for one segment or more")
+    length = math.ceil(len(layers) / (segments or math.isqrt(len(layers)) or 1))
+    for start in range(0, len(layers), max(length, 1)):
+        yield layers[start : start + length]
+
+
+def segment_backward(segment: Replay, x: Any, h: Tensor, wants_input: bool) -> tuple[Tensor, list[list[Tensor | None]]]:
+    """The input's cotangent (of no use for the first segment), and the gradients of each layer."""
+    leaf = x.detach().requires_grad_() if wants_input else x
+    trained = [list(layer.trained.values()) for layer in segment.layers]
+    leaves = [*([leaf] if wants_input else []), *(parameter for of_layer in trained for parameter in of_layer)]
+    with segment.same_random_numbers(), torch.enable_grad():
+        y = segment(leaf)
+    found: list[Tensor | None] = [None] * len(leaves)
+    if y.requires_grad:
+        found = list(torch.autograd.grad(y, leaves, h, allow_unused=True))
+    down = found.pop(0) if wants_input else None
+    return torch.zeros_like(leaf) if down is None else down, [[found.pop(0) for _ in of_layer] for of_layer in trained]
