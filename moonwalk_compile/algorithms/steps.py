@@ -22,17 +22,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from ..passes.analysis import Analysis, analyse
 from ..passes.capture import Capture
-from ..passes.cost import DEVICES
-from ..passes.graph import Edge, Graph, Ref, map_refs
-from ..passes.inverse import Solution, inverse_edges, solve
+from ..passes.graph import Edge, Ref, map_refs
+from ..passes.inverse import Solution, solve
 from ..passes.lower import Boxed, boxed_eager
 from ..passes.program import Builder, Program
 from ..testing import capture_joint
 from .chain import Layer
-
-DEVICE = DEVICES["cpu"]  # its rates decide only between ways that lead to the same values
+from .edges import LayerEdges, Spine
 
 
 class Refused(Exception):
@@ -66,16 +63,6 @@ def runnable(program: Program) -> Boxed:
     return boxed_eager(fx.GraphModule(nn.Module(), graph))
 
 
-@dataclass(frozen=True)
-class Spine:
-    """How the input's cotangent follows from the output's, and what of the forward pass that reads."""
-
-    graph: Graph
-    edges: tuple[Edge, ...]
-    encoders: tuple[Edge, ...]
-    residuals: tuple[int, ...]
-
-
 class Step:
     """The programs of one kind of layer, each found when first asked for. They raise `Refused`."""
 
@@ -86,6 +73,7 @@ class Step:
         gradients = [ref and ref.slot for ref in graph.gradients[-len(inputs) :]]
         self.capture, self.graph = capture, graph
         self.x, self.state, self.y, self.h_y = inputs[0], inputs[1:], outputs[0], graph.tangents[0]
+        self.edges = LayerEdges(capture, self.state)
         self._h_x, self.parameter_gradients = gradients[0], gradients[1 : 1 + trained]
         self.updates = {
             trained + position: output
@@ -117,22 +105,22 @@ class Step:
 
     @cached_property
     def forward(self) -> Way:
-        return self._way(self.again, [self.x], [self.y, *self.updates.values()])
+        return self._way(self.edges.again, [self.x], [self.y, *self.updates.values()])
 
     @cached_property
     def reverse(self) -> Way:
-        return self._way(self.everything, [self.y, self.h_y], [self.x, self.h_x, *self.gradients])
+        return self._way(self.edges.solving, [self.y, self.h_y], [self.x, self.h_x, *self.gradients])
 
     @cached_property
     def back(self) -> Way:
-        return self._way(self.everything, [self.y, self.h_y], [self.x, self.h_x])
+        return self._way([*self.edges.solving, *self.edges.narrow], [self.y, self.h_y], [self.x, self.h_x])
 
     @cached_property
     def keeping(self) -> Way:
         """Forward, and the residuals of the spine."""
         spine = self.reading
         wanted = [self.y, *self.updates.values(), *spine.residuals]
-        return self._way([*self.again, *spine.encoders], [self.x], wanted)
+        return self._way([*self.edges.again, *spine.encoders], [self.x], wanted)
 
     @cached_property
     def spine(self) -> Way:
@@ -141,7 +129,15 @@ class Step:
     @cached_property
     def sweep(self) -> Way:
         wanted = [self.y, self.h_y, *self.gradients]
-        return self._way(self.strict, [self.x, self.h_x], wanted)
+        return self._way(self.edges.sweeping, [self.x, self.h_x], wanted)
+
+    @cached_property
+    def reading(self) -> Spine:
+        """The spine's residuals. Raises `Refused` if the layer has no spine apart from its forward pass."""
+        found = self.edges.spine(self.h_y, self.h_x)
+        if found is None:
+            raise Refused(self._random() or "its backward pass hands on no cotangent by itself")
+        return found
 
     @property
     def residual_bytes(self) -> int:
@@ -173,9 +169,8 @@ class Step:
 
     def _obstacle(self, solution: Solution) -> str:
         """The operation at which solving came to an end."""
-        drawn = [edge.label for edge in self.graph.edges if edge.random]
-        if drawn:
-            return f"{drawn[0]} draws random numbers, which cannot be drawn again"
+        if drawn := self._random():
+            return drawn
         reached = {*solution.known, *solution.edge}
         cotangents = self.h_x in solution.known
         edges = [edge for edge in self.graph.edges if (edge.stage == "backward") == cotangents]
@@ -185,63 +180,9 @@ class Step:
                 return f"no rule solves {edge.label} for {'its cotangent' if cotangents else 'its input'}"
         return f"nothing gives {self.graph.values[solution.missing[0]].name}"
 
-    # -- edges ---------------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def again(self) -> list[Edge]:
-        """The operations of the joint graph that may be run more than once."""
-        return [edge for edge in self.graph.edges if not edge.random and not edge.effect]
-
-    @cached_property
-    def everything(self) -> list[Edge]:
-        return [*self.again, *inverse_edges(self.capture, DEVICE)]
-
-    @cached_property
-    def analysis(self) -> Analysis:
-        return analyse(self.capture, DEVICE)
-
-    @cached_property
-    def strict(self) -> list[Edge]:
-        """Signs as their bits give them: an exact zero counts as negative, in the spine and in the sweep."""
-        if not any(edge.label in ("sgn", "sign") for edge in self.again):
-            return self.everything
-        strict = [edge for block in self.analysis.strict_signs for edge in block]
-        replaced = {edge.gives for edge in strict}
-        return [*strict, *(edge for edge in self.everything if edge.kind != "forward" or edge.gives not in replaced)]
-
-    @cached_property
-    def reading(self) -> Spine:
-        """The spine whose heaviest residual is lightest; reading a value costs its bytes."""
-        analysis = self.analysis
-        shortcuts = [edge for block in analysis.shortcuts for edge in block]
-        backward = [edge for edge in self.again if edge.stage == "backward"]
-        free, fixed = self._of_state()
-        read = {value for edge in (*backward, *shortcuts) for value in edge.needs} - {self.h_y, *fixed}
-        read -= {value for edge in backward for value in edge.gives}
-        packs = [*analysis.packs.values(), *(pack for block in analysis.signs for pack in block)]
-        kept = {pack.kept for pack in packs}
-        sources = {value for value in read if value in self.graph.definition or value == self.x} | kept
-        reads = [self._read(analysis.graph, value) for value in sorted(sources)]
-        edges = [*free, *backward, *shortcuts, *(pack.decode for pack in packs)]
-        found = solve([*reads, *edges], {*self.state, self.h_y}, [self.h_x])
-        if found.missing:
-            raise Refused(self._obstacle(found))
-        residuals = [edge.gives[0] for edge in found.program([self.h_x]) if edge.label == "residual"]
-        return Spine(analysis.graph, tuple(edges), tuple(pack.encode for pack in packs), tuple(residuals))
-
-    def _of_state(self) -> tuple[list[Edge], set[int]]:
-        """What follows from parameters and buffers alone."""
-        fixed = set(self.state)
-        edges = []
-        for edge in self.again:
-            if edge.needs and fixed.issuperset(edge.needs):
-                edges.append(edge)
-                fixed.update(edge.gives)
-        return edges, fixed
-
-    def _read(self, graph: Graph, value: int) -> Edge:
-        seconds = graph.values[graph.values[value].storage].bytes / DEVICE.bandwidth
-        return Edge((value,), (), (), (), "residual", seconds=seconds)
+    def _random(self) -> str | None:
+        drawn = [edge.label for edge in self.graph.edges if edge.random]
+        return f"{drawn[0]} draws random numbers, which cannot be drawn again" if drawn else None
 
 
 # -- capture -----------------------------------------------------------------------------------------------------------
