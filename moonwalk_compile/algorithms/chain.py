@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..errors import UsageError
 
@@ -53,6 +54,21 @@ def has_hooks(module: nn.Module) -> bool:
     return any(value for name, value in vars(module).items() if "hooks" in name and isinstance(value, dict))
 
 
+def call(module: nn.Module, tensors: Mapping[str, Tensor], x: Any) -> Any:
+    """The module with other parameters and buffers. Tied ones are replaced together.
+
+    `functional_call` with `tie_weights` leaves the wrong tensors behind in a module that stands in two places.
+    """
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    given = {id(own[name]): tensor for name, tensor in tensors.items()}
+    places = {}
+    for path, inner in module.named_modules():
+        for name, tensor in {**inner._parameters, **inner._buffers}.items():
+            if id(tensor) in given:
+                places[f"{path}.{name}" if path else name] = given[id(tensor)]
+    return functional_call(module, places, (x,), tie_weights=False)
+
+
 class Gradients:
     """The gradients by the model's parameter names. Tied parameters add up; those that nothing reads have zeros."""
 
@@ -64,8 +80,11 @@ class Gradients:
     def add(self, layer: Layer, gradients: Sequence[Tensor | None]) -> None:
         """Add what one layer has found for each of `layer.trained`."""
         for parameter, gradient in zip(layer.trained.values(), gradients, strict=True):
-            if gradient is not None:
-                self.add_to(self.name_of[id(parameter)], gradient)
+            self.add_for(parameter, gradient)
+
+    def add_for(self, parameter: Tensor, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            self.add_to(self.name_of[id(parameter)], gradient)
 
     def add_to(self, name: str, gradient: Tensor) -> None:
         self.found[name] = self.found[name] + gradient if name in self.found else gradient
@@ -74,8 +93,14 @@ class Gradients:
         return {name: self.found.get(name, torch.zeros_like(p)).detach() for name, p in self.parameters.items()}
 
 
-def loss_and_cotangent(loss_fn: Loss, output: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+def loss_and_cotangent(loss_fn: Loss, output: Any, target: Any) -> tuple[Tensor, Tensor]:
     """The loss, and h_L: its gradient with respect to the output."""
+    if not isinstance(output, Tensor):
+        raise UsageError(
+            "The model's output is not one tensor",
+            f"it is a {type(output).__name__}",
+            "return a tensor, or use backprop",
+        )
     leaf = output.detach().requires_grad_()
     with torch.enable_grad():
         loss = scalar(loss_fn(leaf, target))

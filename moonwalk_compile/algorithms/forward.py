@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
-from ..errors import OptionError
+from ..errors import OptionError, UsageError
 from .chain import Batch, Gradients, Layer, Loss, Result, chain_of, scalar
 from .replay import Replay, replay_of, untouched
 
@@ -108,7 +108,7 @@ def projected_forward(
     def loss_of(parameters: dict[str, Tensor]) -> Tensor:
         return scalar(loss_fn(model(x, parameters), target))
 
-    for count in _chunks(directions, chunk_size):
+    for count in _chunks(directions if point else 0, chunk_size):
         drawn = {name: normal_like(value, count, generator) for name, value in point.items()}
         with untouched(x):
             slopes = directional(loss_of, point, drawn, model)
@@ -151,7 +151,14 @@ def directional(loss_of: Callable[[Any], Tensor], point: Any, directions: Any, m
         return jvp(loss_of, (point,), (direction,))[1]
 
     with model.same_random_numbers():
-        return vmap(slope, randomness="same")(directions)
+        try:
+            return vmap(slope, randomness="same")(directions)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UsageError(
+                "A jvp of this model failed", str(error), "replace what the jvp cannot do, or use backprop"
+            ) from error
 
 
 @torch.no_grad()

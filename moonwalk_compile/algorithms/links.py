@@ -146,7 +146,9 @@ def _check_shared_updates(links: Sequence[Link], algorithm: str) -> None:
 
 def refused(algorithm: str, layer: Layer, what: str) -> UsageError:
     name = f"layer {layer.name!r} ({type(layer.module).__name__})" if layer.name else f"{type(layer.module).__name__}"
-    return UsageError(f"{algorithm} cannot train this model", f"{name} {what}", "use checkpointed_backprop")
+    return UsageError(
+        f"{algorithm} cannot train this model", f"{name}: {what}", "use checkpointed_backprop, or change the layer"
+    )
 
 
 def check(what: str, found: Tensor, true: Tensor, tolerance: float) -> None:

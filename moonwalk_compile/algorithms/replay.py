@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from ..errors import UsageError
-from .chain import Layer
+from .chain import Layer, call
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Replay:
         """The last layer's output; `parameters` stand for those of the first layer. Buffers are written on copies."""
         given = dict(parameters or {})
         for layer, buffers in zip(self.layers, self.buffers, strict=True):
-            x = functional_call(layer.module, {**given, **{name: b.clone() for name, b in buffers.items()}}, (x,))
+            x = call(layer.module, {**given, **{name: buffer.clone() for name, buffer in buffers.items()}}, x)
             given = {}
         return x
 

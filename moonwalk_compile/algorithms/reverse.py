@@ -44,9 +44,7 @@ def checkpointed_backprop(module: nn.Module, loss_fn: Loss, batch: Batch, *, seg
     gradients = Gradients(module)
     while checkpoints:
         segment, x = checkpoints.pop()
-        h, found = segment_backward(segment, x, h, wants_input=bool(checkpoints))
-        for layer, of_layer in zip(segment.layers, found, strict=True):
-            gradients.add(layer, of_layer)
+        h = segment_backward(segment, x, h, gradients, wants_input=bool(checkpoints))
     return loss, gradients.finish()
 
 
@@ -87,15 +85,17 @@ def divided(layers: Sequence[Layer], segments: int | None) -> Iterator[Sequence[
         yield layers[start : start + length]
 
 
-def segment_backward(segment: Replay, x: Any, h: Tensor, wants_input: bool) -> tuple[Tensor, list[list[Tensor | None]]]:
-    """The input's cotangent (of no use for the first segment), and the gradients of each layer."""
+def segment_backward(segment: Replay, x: Any, h: Tensor, gradients: Gradients, wants_input: bool) -> Tensor:
+    """Add the parameters' gradients; the input's cotangent (of no use for the first segment)."""
     leaf = x.detach().requires_grad_() if wants_input else x
-    trained = [list(layer.trained.values()) for layer in segment.layers]
-    leaves = [*([leaf] if wants_input else []), *(parameter for of_layer in trained for parameter in of_layer)]
+    parameters = {id(p): p for layer in segment.layers for p in layer.trained.values()}
+    leaves = [*parameters.values(), *([leaf] if wants_input else [])]
     with segment.same_random_numbers(), torch.enable_grad():
         y = segment(leaf)
-    found: list[Tensor | None] = [None] * len(leaves)
     if y.requires_grad:
-        found = list(torch.autograd.grad(y, leaves, h, allow_unused=True))
-    down = found.pop(0) if wants_input else None
-    return torch.zeros_like(leaf) if down is None else down, [[found.pop(0) for _ in of_layer] for of_layer in trained]
+        found = torch.autograd.grad(y, leaves, h, allow_unused=True)
+        for parameter, gradient in zip(parameters.values(), found, strict=False):
+            gradients.add_for(parameter, gradient)
+        if wants_input and found[-1] is not None:
+            return found[-1]
+    return torch.zeros_like(leaf)

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 
 from ..passes.capture import Capture
 from ..passes.graph import Edge, Ref, map_refs
@@ -28,7 +27,7 @@ from ..passes.inverse import Solution, solve
 from ..passes.lower import Boxed, boxed_eager
 from ..passes.program import Builder, Program
 from ..testing import capture_joint
-from .chain import Layer
+from .chain import Layer, call
 from .edges import LayerEdges, Spine
 
 
@@ -176,7 +175,7 @@ class Step:
         edges = [edge for edge in self.graph.edges if (edge.stage == "backward") == cotangents]
         for edge in edges[::-1]:
             lacking = [value for value in edge.needs if value not in reached]
-            if lacking and reached.issuperset(edge.gives):
+            if lacking and reached.intersection(edge.gives):
                 return f"no rule solves {edge.label} for {'its cotangent' if cotangents else 'its input'}"
         return f"nothing gives {self.graph.values[solution.missing[0]].name}"
 
@@ -214,7 +213,7 @@ def _function(layer: Layer, names: Sequence[str], copied: int | None = None) -> 
 
 
 def _call(layer: Layer, names: Sequence[str], x: Tensor, state: Sequence[Tensor]) -> Tensor:
-    y = functional_call(layer.module, dict(zip(names, state, strict=True)), (x,))
+    y = call(layer.module, dict(zip(names, state, strict=True)), x)
     if not isinstance(y, Tensor):
         raise Refused(f"it returns a {type(y).__name__}, not one tensor")
     return y
