@@ -166,13 +166,16 @@ def _frozen(value: Any) -> Hashable:
         return (type(value), *(_frozen(item) for item in value))
     if isinstance(value, Mapping):
         return (type(value), *((_frozen(key), _frozen(item)) for key, item in value.items()))
-    if isinstance(value, (types.BuiltinFunctionType, type)) or _is_pure_code(value):
+    if isinstance(value, type) or (isinstance(value, types.BuiltinFunctionType) and _is_free(value.__self__)):
         return value
+    if isinstance(value, types.FunctionType) and value.__closure__ is None:
+        return (value, _frozen(value.__defaults__))
     raise _Opaque
 
 
-def _is_pure_code(value: Any) -> bool:
-    return isinstance(value, types.FunctionType) and value.__closure__ is None and value.__defaults__ is None
+def _is_free(owner: Any) -> bool:
+    """Of a builtin function: whether it is no method of some object."""
+    return owner is None or isinstance(owner, (type, types.ModuleType))
 
 
 def signature(tensor: Tensor) -> Hashable:

@@ -63,7 +63,9 @@ class LayerEdges:
 
     @cached_property
     def analysis(self) -> Analysis:
-        return analyse(self.capture, DEVICE)
+        """Of the step without its input: what is at hand in a whole model is here the output of another layer."""
+        graph = replace(self.graph, primals=tuple(self.state))
+        return analyse(replace(self.capture, graph=graph), DEVICE)
 
     def spine(self, known: int, wanted: int) -> Spine | None:
         """The cotangent `wanted` from `known`, with light residuals: the heaviest that can be left out is, then the

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from .chain import Layer, chain_of, fingerprint, signature
-from .steps import Refused, Step, capture_step
+from .steps import Refused, Step, capture_step, dense_strides
 
 # The programs found for a model, as long as the model lives: those of equal layers are found once.
 _FOUND: WeakKeyDictionary[nn.Module, dict[Hashable, Step]] = WeakKeyDictionary()
@@ -20,6 +20,7 @@ TOLERANCE = 1e-4  # largest relative error of what is solved for and can be comp
 
 WHAT = {
     "forward": "be computed twice",
+    "vjp": "be computed twice",
     "reverse": "be inverted",
     "back": "be inverted",
     "sweep": "give its output's cotangent back from its input's",
@@ -50,24 +51,29 @@ class Link:
         self.updates, residuals = rest[: len(self.step.updates)], rest[len(self.step.updates) :]
         return y, residuals
 
+    def vjp(self, given: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        """[x, h_y] -> h_x, and the gradients."""
+        h, *gradients = self.step.vjp(given, self.state)
+        return laid_out(h, self.step.strides_x), self._spread(gradients)
+
     def reverse(self, given: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
         """[y, h_y] -> [x, h_x], and the gradients."""
         x, h, *gradients = self.step.reverse(given, self.state)
-        return [x, laid_out(h, self.step.like(self.step.x))], self._spread(gradients)
+        return [x, laid_out(h, self.step.strides_x)], self._spread(gradients)
 
     def back(self, given: list[Tensor]) -> list[Tensor]:
         """[y, h_y] -> [x, h_x]"""
         x, h = self.step.back(given, self.state)
-        return [x, laid_out(h, self.step.like(self.step.x))]
+        return [x, laid_out(h, self.step.strides_x)]
 
     def spine(self, given: list[Tensor]) -> Tensor:
         """[h_y, *residuals] -> h_x"""
         (h,) = self.step.spine(given, self.state)
-        return laid_out(h, self.step.like(self.step.x))
+        return laid_out(h, self.step.strides_x)
 
     def sweep(self, given: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
         """[x, h_x] -> [y, h_y], and the gradients."""
-        given[1] = laid_out(given[1], self.step.like(self.step.h_x))
+        given[1] = laid_out(given[1], self.step.strides_h_x)
         y, h, *gradients = self.step.sweep(given, self.state)
         return [y, h], self._spread(gradients)
 
@@ -75,15 +81,17 @@ class Link:
         found = iter(gradients)
         return [None if value is None else next(found) for value in self.step.parameter_gradients]
 
+    def inverts(self) -> bool:
+        return self.step.refusal("reverse") is None
+
     def commit(self) -> None:
         """Write what the forward pass leaves in the layer's buffers (running statistics)."""
         for position, value in zip(self.step.updates, self.updates, strict=True):
             self.state[position].copy_(value)
 
 
-def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` with the strides of `like`, without its gaps."""
-    strides = torch.empty_like(like).stride()
+def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """`tensor` with these strides; copied only if it has others."""
     if tensor.stride() == strides:
         return tensor
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
@@ -123,7 +131,7 @@ def _step(found: dict[Hashable, Step], layer: Layer, like: Tensor, algorithm: st
     key = None if key is None else (key, signature(like))
     if key in found:
         return found[key]
-    x = torch.empty_strided(like.shape, torch.empty_like(like).stride(), dtype=like.dtype, device=like.device)
+    x = torch.empty_strided(like.shape, dense_strides(like), dtype=like.dtype, device=like.device)
     try:
         step = capture_step(layer, x)
     except Refused as reason:

@@ -65,7 +65,7 @@ def moonwalk_mixed(
         kept.append(own)
     loss, last = loss_and_cotangent(loss_fn, state[0], target)
 
-    state.append(laid_out(last, state[0]))  # [x_L, h_L]
+    state.append(laid_out(last, state[0].stride()))  # [x_L, h_L]
     for link, choice in zip(reversed(links), reversed(plan), strict=True):
         state = spine_step(link, choice, state, kept.pop())
     if len(state) == 2:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from .chain import Batch, Gradients, Layer, Loss, Result, chain_of, loss_and_cotangent, scalar
-from .links import TOLERANCE, check, laid_out, links_of
+from .links import TOLERANCE, Link, check, laid_out, links_of
 from .replay import Replay, replay_of, untouched
 
 
@@ -48,29 +48,45 @@ def checkpointed_backprop(module: nn.Module, loss_fn: Loss, batch: Batch, *, seg
     return loss, gradients.finish()
 
 
-def rev_backprop(module: nn.Module, loss_fn: Loss, batch: Batch, *, tolerance: float = TOLERANCE) -> Result:
+def rev_backprop(
+    module: nn.Module, loss_fn: Loss, batch: Batch, *, keep: bool = False, tolerance: float = TOLERANCE
+) -> Result:
     """RevBackprop (Gomez et al. 2017): keep the output alone, and solve each layer's input from its output.
 
-    Every layer must be invertible. Raises UsageError for one that is not, and where the input that is recovered at the
-    end differs from the true one by more than `tolerance` (relative): then the gradients are not to be trusted.
+    Args:
+        keep: keep the inputs of layers that cannot be inverted (such as a classifier); without it, they are refused.
+        tolerance: raises UsageError where an input that was solved for, and is at hand or can be computed, differs by
+            more than this (relative): then the gradients are not to be trusted.
     """
     x, target = batch
-    links = links_of(module, x, "rev_backprop", ("forward", "reverse"))
-    state = [x.detach()]
+    links = links_of(module, x, "rev_backprop", ("forward", "vjp" if keep else "reverse"))
+    state, kept = [x.detach()], []
     for link in links:
+        kept.append([] if link.inverts() else list(state))
         state = [link.forward(state)]
     loss, h = loss_and_cotangent(loss_fn, state[0], target)
 
     gradients = Gradients(module)
-    state.append(laid_out(h, state[0]))  # [x_L, h_L]
+    state.append(laid_out(h, state[0].stride()))  # [x_L, h_L]
     del h
     for link in reversed(links):
-        state, found = link.reverse(state)
+        state, found = reverse_step(link, state, kept.pop(), tolerance)
         gradients.add(link.layer, found)
     check("the input that inversion recovers", state[0], x, tolerance)
     for link in links:
         link.commit()
     return loss, gradients.finish()
+
+
+def reverse_step(
+    link: Link, state: list[Tensor], kept: list[Tensor], tolerance: float
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """[y, h_y] -> [x, h_x] and the gradients. Where the layer's input was `kept`, y is only compared."""
+    if not kept:
+        return link.reverse(state)
+    check("an output that inversion recovers", state.pop(0), link.forward(list(kept)), tolerance)
+    h, found = link.vjp([*kept, state.pop()])
+    return [*kept, h], found
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 A layer is y = f(x), with h_x = h_y f'(x) for cotangents. Its joint graph is captured once, and `solve` is asked for
 
     forward     x        ->  y
+    vjp         x, h_y   ->  h_x, gradients
     reverse     y, h_y   ->  x, h_x, gradients      (needs an f that can be inverted)
     back        y, h_y   ->  x, h_x                 (the same without the gradients)
     spine       r, h_y   ->  h_x                    (r: residuals, what f' reads of the forward pass, or bits of it)
@@ -48,6 +49,11 @@ class Way:
         arguments = [*carried, *(state[position].detach() for position in self.reads)]
         carried.clear()
         return list(self.call(arguments))
+
+
+def dense_strides(like: Tensor) -> tuple[int, ...]:
+    """The strides of `like`, without gaps."""
+    return tuple(torch.empty_like(like).stride())
 
 
 def runnable(program: Program) -> Boxed:
@@ -100,6 +106,14 @@ class Step:
         fake: Tensor = self.capture.fake(value)
         return fake
 
+    @cached_property
+    def strides_x(self) -> tuple[int, ...]:
+        return dense_strides(self.like(self.x))
+
+    @cached_property
+    def strides_h_x(self) -> tuple[int, ...]:
+        return dense_strides(self.like(self.h_x))
+
     # -- ways ----------------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -109,6 +123,10 @@ class Step:
     @cached_property
     def reverse(self) -> Way:
         return self._way(self.edges.solving, [self.y, self.h_y], [self.x, self.h_x, *self.gradients])
+
+    @cached_property
+    def vjp(self) -> Way:
+        return self._way(self.edges.again, [self.x, self.h_y], [self.h_x, *self.gradients])
 
     @cached_property
     def back(self) -> Way:
@@ -221,5 +239,5 @@ def _call(layer: Layer, names: Sequence[str], x: Tensor, state: Sequence[Tensor]
 
 def _apart(y: Tensor, x: Tensor) -> Tensor:
     """`y` in memory of its own, without gaps."""
-    view = y is x or y._base is x or y.stride() != torch.empty_like(y).stride()
+    view = y is x or y._base is x or y.stride() != dense_strides(y)
     return y.clone() if view else y
