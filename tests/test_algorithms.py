@@ -24,6 +24,7 @@ from moonwalk_compile.algorithms import (
 )
 from moonwalk_compile.algorithms.chain import fingerprint
 from moonwalk_compile.algorithms.links import links_of
+from moonwalk_compile.algorithms.moonwalk import Choice, choose_spine
 from moonwalk_compile.measure import gradient_error, measure_step
 
 EXACT = {name: algorithm for name, algorithm in ALGORITHMS.items() if algorithm is not projected_forward}
@@ -122,6 +123,7 @@ SURJECTIVE = {
     "classifier": (lambda: nn.Sequential(*revnet(2), nn.Flatten(), nn.Linear(100, 3)), IMAGE),
 }
 OTHER = {
+    "mixed": (lambda: nn.Sequential(Coupling(4, group_norm), Abs(), Coupling(4, group_norm), Abs()), IMAGE),
     "one module": (lambda: Coupling(4), IMAGE),
     "dropout": (lambda: nn.Sequential(mlp(nn.Dropout(0.5), nn.Tanh()), orthogonal(6), nn.Dropout(0.5)), FLAT),
 }
@@ -181,6 +183,23 @@ def test_what_only_has_surjective_jacobians(name, case):
 def test_the_spine_by_residuals(case):
     run = prepared(case)
     assert_agrees(run, moonwalk_mixed, spine="residuals")
+
+
+@pytest.mark.parametrize("case", INVERTIBLE)
+def test_the_spine_by_inversion(case):
+    run = prepared(case)
+    assert_agrees(run, moonwalk_mixed, spine="invert")
+
+
+def test_the_spine_keeps_what_is_light_and_inverts_the_rest():
+    """Behind a layer that cannot be inverted, inversion begins anew from a kept output."""
+    heavy, light = Choice(inverts=True), Choice(inverts=False)
+    layers = [Coupling(4, group_norm), nn.LeakyReLU(0.5), Coupling(4), Abs(), Coupling(4, group_norm)]
+    links = links_of(nn.Sequential(*layers), torch.randn(IMAGE), "test", ("sweep",))
+    assert choose_spine(links, "auto") == [Choice(True, keeps_output=True), light, light, light, heavy]
+    assert choose_spine(links, "residuals") == [light] * 5
+    run = prepared("mixed")
+    assert_agrees(run, moonwalk_mixed)
 
 
 @pytest.mark.parametrize("case", ["revnet, batch norm", "classifier", "a layer twice"])

@@ -19,6 +19,7 @@ from .forward import input_gradient
 from .links import TOLERANCE, WHAT, Link, check, laid_out, links_of, refused
 
 SpineOption = Literal["auto", "invert", "residuals"]
+NOISE = 16  # inversion is charged this part of the layer's output: more than a bit per element, less than the element
 SPINE_NEEDS: dict[str, tuple[str, ...]] = {"auto": (), "invert": ("back",), "residuals": ("spine",)}
 
 
@@ -49,7 +50,8 @@ def moonwalk_mixed(
     from x_i on the way; any other keeps what its Jacobian reads: nothing for a linear layer, a bit per element for |x|.
 
     Args:
-        spine: "invert" or "residuals" for all layers, or "auto": whatever keeps the fewest bytes.
+        spine: "invert" or "residuals" for all layers, or "auto": inversion where residuals take more than about two
+            bits per element.
         tolerance: as in `sweep`; also of the input, where the spine recovers it.
     """
     if spine not in SPINE_NEEDS:
@@ -122,11 +124,11 @@ def spine_step(link: Link, choice: Choice, state: list[Tensor], own: list[Tensor
 
 
 def choose_spine(links: Sequence[Link], spine: SpineOption) -> list[Choice]:
-    """The choices that keep the fewest bytes: dynamic programming from the last layer to the first.
+    """The choices of least cost: dynamic programming from the last layer to the first.
 
     Behind each layer its output is at hand or not: the model's output is, and so is what inversion has just recovered.
     """
-    if spine != "residuals" and all(link.step.refusal("back") is None for link in links):
+    if spine == "invert":
         return [Choice(inverts=True) for _ in links]
     ways: dict[bool, tuple[int, tuple[Choice, ...]]] = {True: (0, ())}
     for link in reversed(links):
@@ -143,8 +145,12 @@ def choose_spine(links: Sequence[Link], spine: SpineOption) -> list[Choice]:
 
 
 def _choices(link: Link, at_hand: bool, spine: SpineOption) -> Iterator[tuple[Choice, int]]:
-    """What can be done at a layer, and the bytes that this keeps."""
+    """What can be done at a layer, and its cost: the bytes that are kept, and for inversion some more.
+
+    What inversion recovers is not exact, and a sign that it gets wrong changes the cotangent for good.
+    """
     if link.step.refusal("spine") is None:
         yield Choice(inverts=False), link.step.residual_bytes
     if spine != "residuals" and link.step.refusal("back") is None:
-        yield Choice(True, keeps_output=not at_hand), 0 if at_hand else link.step.output_bytes
+        kept = 0 if at_hand else link.step.output_bytes
+        yield Choice(True, keeps_output=not at_hand), kept + link.step.output_bytes // NOISE
