@@ -90,6 +90,11 @@ class Link:
             self.state[position].copy_(value)
 
 
+def start(x: Tensor) -> Tensor:
+    """The input as the first layer's programs take it: without gaps."""
+    return laid_out(x.detach(), dense_strides(x))
+
+
 def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     """`tensor` with these strides; copied only if it has others."""
     if tensor.stride() == strides:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from .chain import Batch, Gradients, Loss, Result, loss_and_cotangent
 from .forward import input_gradient
-from .links import TOLERANCE, WHAT, Link, check, laid_out, links_of, refused
+from .links import TOLERANCE, WHAT, Link, check, laid_out, links_of, refused, start
 
 SpineOption = Literal["auto", "invert", "residuals"]
 NOISE = 16  # inversion is charged this part of the layer's output: more than a bit per element, less than the element
@@ -32,13 +32,13 @@ def moonwalk_pure_forward(
     """
     x, target = batch
     links = links_of(module, x, "moonwalk_pure_forward", ("forward", "sweep"))
-    output = x.detach()
+    output = start(x)
     for link in links:
         output = link.forward([output])
     loss, last = loss_and_cotangent(loss_fn, output, target)
     del output
-    h = input_gradient(module, loss_fn, batch, chunk_size)
-    return loss, sweep(module, links, [x.detach(), h], last, tolerance)
+    h = input_gradient(module, loss_fn, (start(x), target), chunk_size)
+    return loss, sweep(module, links, [start(x), h], last, tolerance)
 
 
 def moonwalk_mixed(
@@ -60,7 +60,7 @@ def moonwalk_mixed(
     links = links_of(module, x, "moonwalk_mixed", ("forward", "sweep", *SPINE_NEEDS[spine]))
     plan = choose_spine(links, spine)
 
-    state = [x.detach()]
+    state = [start(x)]
     kept: list[list[Tensor]] = []
     for link, choice in zip(links, plan, strict=True):
         state, own = forward_step(link, choice, state)
@@ -73,7 +73,7 @@ def moonwalk_mixed(
     if len(state) == 2:
         check("the input that inversion recovers", state[0], x, tolerance)
 
-    state[:-1] = [x.detach()]  # [x_0, h_0]
+    state[:-1] = [start(x)]  # [x_0, h_0]
     return loss, sweep(module, links, state, last, tolerance)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from .chain import Batch, Gradients, Layer, Loss, Result, chain_of, loss_and_cotangent, scalar
-from .links import TOLERANCE, Link, check, laid_out, links_of
+from .links import TOLERANCE, Link, check, laid_out, links_of, start
 from .replay import Replay, replay_of, untouched
 
 
@@ -60,7 +60,7 @@ def rev_backprop(
     """
     x, target = batch
     links = links_of(module, x, "rev_backprop", ("forward", "vjp" if keep else "reverse"))
-    state, kept = [x.detach()], []
+    state, kept = [start(x)], []
     for link in links:
         kept.append([] if link.inverts() else list(state))
         state = [link.forward(state)]
@@ -97,8 +97,8 @@ def divided(layers: Sequence[Layer], segments: int | None) -> Iterator[Sequence[
     if segments is not None and segments < 1:
         raise OptionError("No segments", f"segments is {segments}", "ask for one segment or more")
     length = math.ceil(len(layers) / (segments or math.isqrt(len(layers)) or 1))
-    for start in range(0, len(layers), max(length, 1)):
-        yield layers[start : start + length]
+    for first in range(0, len(layers), max(length, 1)):
+        yield layers[first : first + length]
 
 
 def segment_backward(segment: Replay, x: Any, h: Tensor, gradients: Gradients, wants_input: bool) -> Tensor:

@@ -79,6 +79,7 @@ class Step:
         self.capture, self.graph = capture, graph
         self.x, self.state, self.y, self.h_y = inputs[0], inputs[1:], outputs[0], graph.tangents[0]
         self.edges = LayerEdges(capture, self.state)
+        self._refusals: dict[str, str | None] = {}
         self._h_x, self.parameter_gradients = gradients[0], gradients[1 : 1 + trained]
         self.updates = {
             trained + position: output
@@ -166,11 +167,13 @@ class Step:
 
     def refusal(self, way: str) -> str | None:
         """Why the layer does not have this way; None if it has."""
-        try:
-            getattr(self, way)
-        except Refused as reason:
-            return str(reason)
-        return None
+        if way not in self._refusals:
+            try:
+                getattr(self, way)
+                self._refusals[way] = None
+            except Refused as reason:
+                self._refusals[way] = str(reason)
+        return self._refusals[way]
 
     def _way(self, edges: Sequence[Edge], given: Sequence[int], wanted: Sequence[int]) -> Way:
         solution = solve(edges, {*given, *self.state}, wanted)
