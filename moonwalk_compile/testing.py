@@ -56,8 +56,13 @@ def check_rule(
     return used | check_reached(edges, {**truth, **fragments}, known, graph.tangents, vijp)
 
 
-def capture_joint(function: Callable[..., Any], arguments: Sequence[Tensor]) -> Capture:
-    """The joint graph of `function`; the first argument is an input, the others are parameters."""
+def capture_joint(
+    function: Callable[..., Any], arguments: Sequence[Tensor], trained: Sequence[bool] | None = None
+) -> Capture:
+    """The joint graph of `function`; the first argument is an input, the others are parameters.
+
+    `trained` says which arguments get a gradient; by default, all that are floating-point.
+    """
     found: list[Capture] = []
 
     def partition(joint: Any, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any) -> Any:
@@ -69,7 +74,8 @@ def capture_joint(function: Callable[..., Any], arguments: Sequence[Tensor]) -> 
         found.append(read_joint(joint, num_fwd_outputs, DEVICES["cpu"], roles))
         raise _Captured
 
-    leaves = [a.detach().clone().requires_grad_(a.is_floating_point()) for a in arguments]
+    wanted = trained or [a.is_floating_point() for a in arguments]
+    leaves = [a.detach().clone().requires_grad_(want) for a, want in zip(arguments, wanted, strict=True)]
     try:
         aot_function(function, lambda gm, _: gm, lambda gm, _: gm, partition_fn=partition)(*leaves)
     except _Captured:
