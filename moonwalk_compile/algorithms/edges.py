@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from ..passes.analysis import Analysis, Pack, analyse
 from ..passes.capture import Capture
-from ..passes.cost import DEVICES, edge_seconds
-from ..passes.graph import Edge, Graph, Ref
+from ..passes.cost import DEVICES
+from ..passes.graph import Edge, Graph
 from ..passes.inverse import inverse_edges, solve
-from ..passes.inverse.edges import result_places
-from ..passes.trace import trace_operations
 
 DEVICE = DEVICES["cpu"]  # its rates decide only between ways that lead to the same values
 
@@ -57,11 +51,6 @@ class LayerEdges:
         return [*strict, *(edge for edge in self.solving if edge.kind != "forward" or edge.gives not in replaced)]
 
     @cached_property
-    def narrow(self) -> list[Edge]:
-        """Input gradients alone, of operations that give parameter gradients with them; they read less."""
-        return [found for edge in self.again for found in _input_gradient(self.capture, edge)]
-
-    @cached_property
     def analysis(self) -> Analysis:
         """Of the step without its input: what is at hand in a whole model is here the output of another layer."""
         graph = replace(self.graph, primals=tuple(self.state))
@@ -90,7 +79,6 @@ class LayerEdges:
     def _spine_edges(self) -> Iterator[Edge]:
         yield from self._of_state
         yield from (edge for edge in self.again if edge.stage == "backward")
-        yield from self.narrow
         for block in self.analysis.shortcuts:
             yield from block
 
@@ -111,24 +99,3 @@ class LayerEdges:
                 edges.append(edge)
                 known.update(edge.gives)
         return edges
-
-
-def _input_gradient(capture: Capture, edge: Edge) -> Iterator[Edge]:
-    """A convolution's, if the joint graph's call gives the gradient of its weight too. It needs no input's values."""
-    if edge.label != "convolution_backward" or 0 not in (places := result_places(edge)) or len(places) == 1:
-        return
-    args = edge.operations[0].args
-    h, x, weight = (edge.needs[ref.slot] for ref in args[:3])
-    shape, rest = tuple(capture.fake(x).shape), args[3:10]
-    if h == weight or any(isinstance(item, Ref) for item in rest):
-        return
-
-    def function(h: Tensor, weight: Tensor) -> Any:
-        empty = h.new_empty(1).expand(shape)
-        return torch.ops.aten.convolution_backward(h, empty, weight, *rest, [True, False, False])[0]
-
-    operations, results, (fake,) = trace_operations(function, (capture.fake(h), capture.fake(weight)))
-    value = edge.gives[places.index(0)]
-    if fake.stride() == capture.fake(value).stride():
-        narrow = Edge((value,), (h, weight), operations, results, f"{edge.label}, input only", stage="backward")
-        yield replace(narrow, seconds=edge_seconds(narrow, DEVICE))

@@ -131,7 +131,7 @@ class Step:
 
     @cached_property
     def back(self) -> Way:
-        return self._way([*self.edges.solving, *self.edges.narrow], [self.y, self.h_y], [self.x, self.h_x])
+        return self._way(self.edges.solving, [self.y, self.h_y], [self.x, self.h_x])
 
     @cached_property
     def keeping(self) -> Way:
