@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..graph import Ref
 from .geometry import Geometry, geometry_of, left_kernel
-from .lattice import direct_solver, solver_with_fragment
+from .iterate import iterated
 from .rule import Call, Recipe, Rule
+from .scattered import direct_solver, solver_with_fragment
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,21 @@ class Way:
     take: Callable[[Tensor], tuple[Tensor, ...]] | None = None
 
 
-def undo_scattering(geometry: Geometry, fragments: bool) -> Iterator[Way]:
+def undo_scattering(geometry: Geometry, argument: Tensor, fragments: bool) -> Iterator[Way]:
     """h from A^T h."""
-    solver = solver_with_fragment(geometry) if fragments else direct_solver(geometry)
+    solver = solver_with_fragment(geometry, len(argument)) if fragments else direct_solver(geometry)
     if solver is not None:
-        take = solver.lattice.take
-        yield Way(solver.solve, (lambda h: take(h)) if solver.lattice.kept else None)
+        take = solver.take
+        yield Way(solver.solve, (lambda h: take(h)) if solver.kept else None)
+    if solver is None or solver.kept:
+        yield from map(Way, iterated(geometry, len(argument), True, argument.dtype))
 
 
-def undo_gathering(geometry: Geometry) -> Iterator[Way]:
+def undo_gathering(geometry: Geometry, argument: Tensor) -> Iterator[Way]:
     """x from A x."""
-    if _tiles(geometry) and geometry.columns * math.prod(geometry.kernel) <= geometry.rows:
+    if not _tiles(geometry):
+        yield from map(Way, iterated(geometry, len(argument), False, argument.dtype))
+    elif geometry.columns * math.prod(geometry.kernel) <= geometry.rows:
         yield Way(lambda y, weight: geometry.scatter(y, left_kernel(weight, geometry.groups)))
 
 
@@ -63,7 +68,7 @@ def convolution(call: Call) -> Iterator[Recipe]:
     geometry = geometry_of(call, kernel, 3, image, features)
     if geometry is None:
         return
-    for way in undo_scattering(geometry, fragments=False) if transposed else undo_gathering(geometry):
+    for way in undo_scattering(geometry, source, False) if transposed else undo_gathering(geometry, source):
         if isinstance(bias, Ref):
             yield Recipe((x.slot,), _without_bias(way.function), (weight.slot, bias.slot))
         else:
@@ -88,7 +93,7 @@ def convolution_backward(call: Call) -> Iterator[Recipe]:
     geometry = geometry_of(call, kernel, 4, image, features)
     if geometry is None:
         return
-    for way in undo_gathering(geometry) if transposed else undo_scattering(geometry, fragments=True):
+    for way in undo_gathering(geometry, cotangent) if transposed else undo_scattering(geometry, cotangent, True):
         yield Recipe((h.slot,), way.function, (weight.slot,), (0,), fragment=way.take)
 
 

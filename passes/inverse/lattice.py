@@ -8,7 +8,7 @@ a gathering convolution by a pseudo-inverse.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, product
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .geometry import Geometry, right_kernel
 
 Tap = tuple[int, ...]
-CROWDED = 0.6  # rows per column of a matrix, above which a random one is too ill-conditioned to be worth trying
+ROOMY = 0.4  # unknowns per equation, below which more equations would gain little
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,20 @@ class Solver:
         )
 
     @property
+    def kept(self) -> float:
+        """The part of all outputs that is kept."""
+        sides = list(zip(self.geometry.features, self.lattice.periods, strict=True))
+        solved = sum(
+            math.prod(len(range(first, size, period)) for first, (size, period) in zip(offset, sides, strict=True))
+            for offset in self.lattice.solved
+        )
+        return 1 - solved / math.prod(self.geometry.features)
+
+    def take(self, h: Tensor) -> tuple[Tensor, ...]:
+        """The fragment."""
+        return self.lattice.take(h)
+
+    @property
     def crowding(self) -> float:
         """Unknowns per equation, away from the border."""
         return self.geometry.rows / (self.geometry.columns * len(self.taps)) if self.taps else math.inf
@@ -136,7 +150,7 @@ class Solver:
 
     @cached_property
     def pieces(self) -> dict[Tap, list[_Piece]]:
-        """The solved outputs, by offset and from first to last: all at once where that leaves enough equations."""
+        """The solved outputs, by offset and from first to last: all at once where that leaves many equations."""
         return {offset: self._pieces(offset) for offset in self.lattice.solved}
 
     def _pieces(self, offset: Tap) -> list[_Piece]:
@@ -146,7 +160,7 @@ class Solver:
             for of in runs
         ]
         alike = self._piece(offset, joined)
-        if self._fits(alike, CROWDED) or all(len(of) == 1 for of in runs):
+        if self._fits(alike, ROOMY) or all(len(of) == 1 for of in runs):
             return [alike]
         return [self._piece(offset, choice) for choice in product(*runs)]
 
@@ -221,28 +235,3 @@ def _blanked(weight: Tensor, unused: Sequence[bool]) -> Tensor:
         return weight
     runs = [weight.new_full((len(list(run)),), float(not blank)) for blank, run in groupby(unused)]
     return weight * torch.cat(runs).view(weight.shape[2:])
-
-
-def direct_solver(geometry: Geometry) -> Solver | None:
-    """The solver that keeps nothing, if shapes allow."""
-    solver = Solver(geometry, Lattice((1,) * len(geometry.kernel)))
-    return solver if solver.is_possible else None
-
-
-def solver_with_fragment(geometry: Geometry) -> Solver | None:
-    """The solver that keeps least, of those with enough equations; or the one that cannot be had with more."""
-    for lattice in _lattices(geometry):
-        solver = Solver(geometry, lattice)
-        if solver.taps and (solver.crowding <= CROWDED or solver.is_whole) and solver.is_possible:
-            return solver
-    return None
-
-
-def _lattices(geometry: Geometry) -> Iterator[Lattice]:
-    """From the one that keeps least on; a period is no longer than what no two footprints share, or than the side."""
-    sides = zip(geometry.kernel, geometry.stride, geometry.dilation, geometry.features, strict=True)
-    longest = [min(size, -(-((k - 1) * d + 1) // s)) for k, s, d, size in sides]
-    found = [Lattice(periods) for periods in product(*(range(1, most + 1) for most in longest))]
-    if len(longest) > 1 and min(longest) > 1:
-        found.append(Lattice((2,) * len(longest), checkered=True))
-    return iter(sorted(found, key=lambda lattice: (len(lattice.kept) / len(lattice.classes), lattice.periods)))

@@ -159,7 +159,7 @@ STRIDED = [
     Case("one tap in one dimension", _conv1(stride=2, padding=1), "b48 243", invert=False),
     Case("one tap in three dimensions", _conv3(stride=2, padding=1), "b4646 24333", invert=False),
     Case("one tap, transposed", _transposed(stride=2, padding=1, output_padding=1), "b234 2433", vijp=False),
-    Case("no tap of its own", _transposed(stride=2, padding=1), "b234 2444", invert=False, vijp=False),
+    Case("no tap of its own", _transposed(stride=2), "b234 5255", invert=False, vijp=False),
     Case("more channels than taps", _conv(stride=2), "b155 5122", invert=False, vijp=False),
 ]
 
@@ -174,8 +174,27 @@ FRAGMENTS = [
     Case("one of six", _conv(padding=1), "b2ww 2233", invert=False),
     Case("one of sixteen", _conv(stride=2, padding=3), "b199 6177", invert=False),
     Case("one of a dilated kernel", _conv(padding=2, dilation=2), "b277 2233", invert=False),
-    Case("more features than the kernel has taps", _conv(padding=1), "b155 5122", False, False),
+    Case("clusters", _conv(padding=1), "8299 2233 2", invert=False),
+    Case("clusters, odd sizes", _conv(padding=1), "8297 2233", invert=False),
+    Case("clusters that end at the border", _conv(), "8288 2233", invert=False),
+    Case("clusters, strided", _conv(stride=2, padding=1), "9299 4244", invert=False),
+    Case("clusters, grouped", _conv(padding=1, groups=2), "9499 4233", invert=False),
+    Case("clusters, depthwise", _conv(padding=2, groups=3), "9399 3155", invert=False),
+    Case("clusters in one dimension", _conv1(padding=1), "929 223", invert=False),
+    Case("clusters in three dimensions", _conv3(padding=1), "91566 11333", invert=False),
+    Case("more features than taps", _conv(stride=2), "b155 5133", vijp=False, invert=False),
 ]
+ITERATED = [
+    Case("transposed, overlapping", _transposed(stride=2, padding=1), "b234 2444 4", vijp=False),
+    Case("transposed, overlapping, grouped", _transposed(stride=2, padding=1, groups=2), "b444 4244", vijp=False),
+    Case("transposed, narrowing, overlapping", _transposed(padding=1), "b445 4233", invert=False),
+    Case("overlapping, widening", _conv(padding=1), "b234 4233 4"),
+    Case("overlapping in one dimension", _conv1(padding=2, dilation=2), "b27 423"),
+    Case("overlapping, too narrow", _conv(padding=1), "b634 6633", invert=False),
+    Case("overlapping, cropping", _conv(), "b255 4233", invert=False),
+    Case("overlapping, strided", _conv(stride=2, padding=1), "b266 8233", invert=False),
+]
+
 
 REFUSED = [
     Case("sin", torch.sin, "bn", invert=False),
@@ -292,4 +311,4 @@ COMPOSITE = [
     Case("nested", lambda x, u, d, w: F.leaky_relu(_additive(x, u, d) @ w, 0.3).sinh(), "b8 46 64 88"),
 ]
 
-CASES = [*POINTWISE, *ERASING, *SHAPE, *LINEAR, *CONVOLUTION, *STRIDED, *FRAGMENTS, *REFUSED, *COMPOSITE]
+CASES = [*POINTWISE, *ERASING, *SHAPE, *LINEAR, *CONVOLUTION, *STRIDED, *FRAGMENTS, *ITERATED, *REFUSED, *COMPOSITE]
