@@ -1,8 +1,8 @@
 """Clusters of neighbouring outputs, so far apart that none reads what another reads; what lies between is kept.
 
 A cluster of L outputs along each dimension reads fewer elements per output than a single one, so less has to be kept
-than with a `Lattice`: of a 3x3 convolution 16/25 for L = 3, instead of 5/6. The price is one larger matrix. A cluster is
-a single output, with more channels, of a convolution by a larger kernel.
+than with a `Lattice`: of a 3x3 convolution 16/25 for L = 3, instead of 5/6. The price is one larger matrix. A cluster
+is a single output, with more channels, of a convolution by a larger kernel.
 """
 
 from __future__ import annotations

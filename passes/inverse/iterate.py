@@ -40,34 +40,41 @@ def _solve(
 ) -> Tensor:
     """The argument, of `size`, of a convolution or (`scattered`) of its transpose, from the `result`."""
     image, features = (result.shape, size) if scattered else (size, result.shape)
-    place = (tuple(stride), tuple(padding), tuple(dilation))
-    sides = (tuple(image[2:]), tuple(features[2:]), image[1], features[1])
-    geometry = Geometry(tuple(weight.shape[2:]), *place, *sides, groups)
+    geometry = Geometry(
+        tuple(weight.shape[2:]),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        tuple(image[2:]),
+        tuple(features[2:]),
+        image[1],
+        features[1],
+        groups,
+    )
     apply, adjoint = (geometry.scatter, geometry.gather) if scattered else (geometry.gather, geometry.scatter)
     return least_squares(lambda x: apply(x, weight), lambda y: adjoint(y, weight), result, iterations)
 
 
 def least_squares(apply: Map, adjoint: Map, result: Tensor, iterations: int) -> Tensor:
-    """The x of least |apply(x) - result|, for each sample of the batch on its own."""
+    """The x of least |apply(x) - result|, for each sample of the batch on its own.
+
+    A sample whose gradient has shrunk to rounding error is left as it is: further steps would walk at random.
+    """
     rest, slope = result, adjoint(result)
     x, direction, size = torch.zeros_like(slope), slope, _squares(slope)
+    enough = size * (torch.finfo(size.dtype).eps / 16) ** 2
     for _ in range(iterations):
-        step = apply(direction)
-        length = _ratio(size, _squares(step))
+        step, going = apply(direction), size > enough
+        length = torch.where(going, size / _squares(step), 0)
         x, rest = x + length * direction, rest - length * step
         slope = adjoint(rest)
         size, before = _squares(slope), size
-        direction = slope + _ratio(size, before) * direction
+        direction = slope + torch.where(going, size / before, 0) * direction
     return x
 
 
 def _squares(tensor: Tensor) -> Tensor:
     return tensor.square().sum(tuple(range(1, tensor.dim())), keepdim=True)
-
-
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """Zero over zero, where a sample is solved exactly, takes no further step."""
-    return torch.where(whole > 0, part / whole, 0)
 
 
 _library.impl("solve_convolution", _solve, "CompositeExplicitAutograd")
