@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from .geometry import Geometry, right_kernel
 
 Tap = tuple[int, ...]
+Box = tuple[range, ...]
 ROOMY = 0.4  # unknowns per equation, below which more equations would gain little
 
 
@@ -196,31 +197,46 @@ class Solver:
         if kept:
             blanks = {offset: self._blank(g, offset) for offset in self.lattice.solved}
             g = g - self.geometry.scatter(self.lattice.assemble({**kept, **blanks}, sizes), weight)
-        solved = {offset: self._solve_class(g, weight, offset) for offset in self.lattice.solved}
+        kernels = self._kernels(weight)
+        solved = {offset: self._solve_class(g, kernels, offset) for offset in self.lattice.solved}
         return self.lattice.assemble({**kept, **solved}, sizes)
+
+    def _kernels(self, weight: Tensor) -> dict[Box, Tensor]:
+        """The inverse of every piece; many are alike."""
+        unused = [tap not in self.taps for tap in product(*map(range, self.geometry.kernel))]
+        weight = _blanked(weight, unused)
+        boxes = dict.fromkeys(piece.box for pieces in self.pieces.values() for piece in pieces)
+        return {box: right_kernel(_cut(weight, box), self.geometry.groups) for box in boxes}
 
     def _blank(self, g: Tensor, offset: Tap) -> Tensor:
         sides = zip(self.geometry.features, offset, self.lattice.periods, strict=True)
         counts = [len(range(first, size, period)) for size, first, period in sides]
         return g.new_zeros(g.shape[0], self.geometry.feature_channels, *counts)
 
-    def _solve_class(self, g: Tensor, weight: Tensor, offset: Tap) -> Tensor:
+    def _solve_class(self, g: Tensor, kernels: dict[Box, Tensor], offset: Tap) -> Tensor:
         runs = [len({p.start[axis] for p in self.pieces[offset]}) for axis in range(len(self.geometry.kernel))]
-        parts = [self._solve_piece(g, weight, piece) for piece in self.pieces[offset]]
+        parts = [self._solve_piece(g, kernels[piece.box], piece) for piece in self.pieces[offset]]
         for axis in reversed(range(len(runs))):
-            parts = [torch.cat(parts[i : i + runs[axis]], axis + 2) for i in range(0, len(parts), runs[axis])]
+            parts = [_joined(parts[i : i + runs[axis]], axis + 2) for i in range(0, len(parts), runs[axis])]
         return parts[0]
 
-    def _solve_piece(self, g: Tensor, weight: Tensor, piece: _Piece) -> Tensor:
-        for dim, (start, size, side) in enumerate(zip(piece.start, piece.size, piece.box, strict=True), 2):
-            g = g.narrow(dim, start, size)
-            weight = weight.narrow(dim, side.start, len(side))
-        unused = [tap not in piece.taps for tap in product(*piece.box)]
-        kernel = right_kernel(_blanked(weight, unused), self.geometry.groups)
+    def _solve_piece(self, g: Tensor, kernel: Tensor, piece: _Piece) -> Tensor:
+        read = _cut(g, [range(start, start + size) for start, size in zip(piece.start, piece.size, strict=True)])
         step = [s * period for s, period in zip(self.geometry.stride, self.lattice.periods, strict=True)]
         zero = [0] * len(step)
         dilation = list(self.geometry.dilation)
-        return torch.ops.aten.convolution(g, kernel, None, step, zero, dilation, False, zero, self.geometry.groups)
+        return torch.ops.aten.convolution(read, kernel, None, step, zero, dilation, False, zero, self.geometry.groups)
+
+
+def _cut(tensor: Tensor, box: Sequence[range]) -> Tensor:
+    for dim, side in enumerate(box, 2):
+        if len(side) < tensor.shape[dim]:
+            tensor = tensor.narrow(dim, side.start, len(side))
+    return tensor
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _shifts(tap: int, kernel: int, stride: int, dilation: int, outputs: int) -> list[int]:
