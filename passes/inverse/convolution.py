@@ -2,10 +2,15 @@
 
 A convolution is a linear map A from an image to features (`geometry`). Two questions cover all:
 
-- h from A^T h (the vijp of a convolution, the input of a transposed one): each output from the taps that it shares
-  with no other (`lattice`), some of the outputs kept as a fragment where they share too many; or by iteration.
+- h from A^T h (the vijp of a convolution, the input of a transposed one): each output, or each cluster of outputs, from
+  taps that it shares with no other (`lattice`, `clusters`); where there are too few, some outputs are kept as a
+  fragment (`scattered` chooses). Or by iteration.
 - x from A x (the input of a convolution, the vijp of a transposed one): one matrix per patch where patches tile the
-  image; or by iteration where there are more features than image elements.
+  image; or by iteration where there are clearly more features than image elements.
+
+Refused: the input of a square overlapping convolution (singular values of 1e-4). Triangular kernels could be solved by
+substitution, but that a kernel is masked is a matter of values, which no rule sees. Circular convolutions could be
+solved by Fourier transform, but their padding arrives as a score of slices, copies and scatters.
 """
 
 from __future__ import annotations

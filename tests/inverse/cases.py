@@ -132,6 +132,7 @@ CONVOLUTION = [
     Case("padded 1x1, widening", _conv(padding=1), "bnkk wn11", vijp=False),
     Case("dilated", _conv(stride=2, dilation=2), "b266 8222", invert=False),
     Case("grouped", _conv(groups=2), "b4kk 4211"),
+    Case("unbatched", _conv(), "nkk nn11"),
     Case("grouped, narrowing", _conv(groups=2), "b6kk 4311 4", invert=False),
     Case("grouped, widening", _conv(groups=2), "b4kk 6211 6", vijp=False),
     Case("depthwise", _conv(groups=4), "b4kk 4111 4"),
@@ -216,9 +217,15 @@ REFUSED = [
     Case("a hole", lambda x: torch.cat([x[:, :2], x[:, 3:]], 1), "b6", invert=False),
     Case("max alone", lambda x: torch.maximum(x[:, :2], x[:, 2:]), "b4", invert=False, vijp=False),
     Case("maxmin of different pairs", lambda x: _maxmin_of_three(x), "b6", invert=False, vijp=False),
+    Case("circular", lambda x, w: F.conv2d(_circular(x), w), "b255 2233", invert=False, vijp=False),
+    Case("causal", lambda x, w: F.conv1d(F.pad(x, (2, 0)), w), "b27 223", invert=False, vijp=False),
     Case("cumsum", lambda x: x.cumsum(1), "bn", invert=False, vijp=False),
     Case("gather", lambda x: x.gather(1, torch.zeros_like(x, dtype=torch.int64)), "bn", invert=False, vijp=False),
 ]
+
+
+def _circular(x: Tensor) -> Tensor:
+    return F.pad(x, (1, 1, 1, 1), mode="circular")
 
 
 def _maxmin_of_three(x: Tensor) -> Tensor:
