@@ -22,9 +22,10 @@ from .passes.capture import read_joint
 from .passes.certificates import INVERTED, Certificate, chain_error
 from .passes.certify import Certifier
 from .passes.cost import Device
+from .passes.drift import Drift
 from .passes.emit import Facts, Segment
 from .passes.graph import Role
-from .passes.lower import Half, Lowerer
+from .passes.lower import Boxed, Half, Lowerer, as_boxed
 from .passes.plan import NoPlan, Planned, Planner
 from .passes.rewrite import to_halves
 from .passes.timing import Clock
@@ -73,6 +74,7 @@ class Session:
     margin: int = 0  # bytes by which an earlier plan of this step was measured above its prediction
     on_measured: Callable[[int], None] | None = None  # is told the peak of the first steps, as the plan counts it
     meter: StepMeter | None = None
+    drifted: tuple[Tensor, ...] = ()  # what the last step returned behind its gradients
     facts: Facts = field(init=False)
     lowerer: Lowerer = field(init=False)
     positions: dict[int, int] = field(default_factory=dict)  # primal value -> position among the graph's inputs
@@ -147,8 +149,25 @@ class Session:
         return self.meter.forward(self.forward.call) if self.meter else self.forward.call
 
     def compile_backward(self, module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        assert self.backward is not None
-        return self.meter.backward(self.backward.call) if self.meter else self.backward.call
+        assert self.backward is not None and self.planned is not None
+        drifts = len(self.planned.schedule.drifts)
+        call = self._without_drifts(self.backward.call, drifts) if drifts else self.backward.call
+        return self.meter.backward(call) if self.meter else call
+
+    def _without_drifts(self, call: Boxed, count: int) -> Boxed:
+        """The results that AOTAutograd expects; how far the chains have drifted stays here."""
+
+        def run(arguments: list[Any]) -> Sequence[Any]:
+            results = call(arguments)
+            self.drifted = tuple(results[-count:])
+            return results[:-count]
+
+        return as_boxed(run)
+
+    def drifts(self) -> dict[Drift, float]:
+        """How far the values of each chain came back from the true ones in the last step, asked once."""
+        sizes, self.drifted = [float(size) for size in self.drifted], ()
+        return dict(zip(self.planned.schedule.drifts, sizes, strict=True)) if sizes and self.planned else {}
 
     # -- certificates ------------------------------------------------------------------------------------------------
 
@@ -187,6 +206,14 @@ class Session:
         assert self.planned is not None
         return max((chain_error(s, certificates) for s in self.planned.segments if s.strategy in INVERTED), default=0.0)
 
+    def contradicted(self, drifts: Iterable[Drift], certificates: Certificates) -> Certificates:
+        """Chains that drift though their certificates are good: these are not trusted any more."""
+        assert self.planned is not None
+        spans = {(drift.strategy, drift.first) for drift in drifts}
+        chains = [s for s in self.planned.segments if (s.strategy, s.first) in spans]
+        good = [s for s in chains if chain_error(s, certificates) <= self.options.tolerance]
+        return {(s.strategy, index): Certificate(math.inf, math.inf) for s in good for index in s.span}
+
     # -- choosing ------------------------------------------------------------------------------------------------------
 
     def _settle(self, planner: Planner, plain: Planned, rounds: int = 5) -> Planned:
@@ -213,10 +240,13 @@ class Session:
     def _choose(self, planner: Planner, plain: Planned, less: int) -> Planned:
         """The plan as simulated; `less` bytes are taken off the budget. What cannot be met gets the smallest plan."""
         if self.options.budget is None:
-            return planner.slowed(self.options.max_slowdown * plain.seconds)
-        planned = planner.within(self.options.budget.resolve(plain.peak) - less)
-        self.cornered = planned is None
-        return planner.smallest() if planned is None else planned
+            limit = self.options.max_slowdown * plain.seconds
+            planned = planner.slowed(limit)
+            return planner.tidied(planned, planned.peak, limit)
+        budget = self.options.budget.resolve(plain.peak) - less
+        found = planner.within(budget)
+        self.cornered = found is None
+        return planner.smallest() if found is None else planner.tidied(found, budget, math.inf)
 
     def _lower(self, planned: Planned) -> int:
         """Compile both halves; return the peak of what was generated (of the simulation where that is what runs)."""

@@ -13,6 +13,7 @@ from .bits import pack_bits, strict_sign, take_marked, unpack_two
 from .blocks import Block, find_blocks
 from .capture import Capture
 from .cost import Device, edge_seconds
+from .drift import Watch, comparer, sampler
 from .graph import Edge, Graph, Stage, Value
 from .inverse import inverse_edges, make_call, packing_of_reader, packing_of_value
 from .inverse.rule import Packing
@@ -50,6 +51,7 @@ class Analysis:
     signs: tuple[tuple[Pack, ...], ...]
     strict_signs: tuple[tuple[Edge, ...], ...]
     fragments: tuple[tuple[Edge, ...], ...]
+    watches: tuple[tuple[Watch | None, Watch | None], ...]  # of each block's input: a value, a cotangent it receives
     fakes: Mapping[int, Any]
 
     @cached_property
@@ -120,6 +122,8 @@ class _Packer:
         self.capture, self.device = capture, device
         self.values = list(capture.graph.values)
         self.fakes = {value.index: capture.fake(value.index) for value in capture.graph.values}
+        self.watch_traces: dict[Any, Any] = {}
+        self.watches: dict[int, Watch] = {}
 
     def add_value(self, like: int, fake: Any, suffix: str, stage: Stage) -> int:
         index = len(self.values)
@@ -172,6 +176,34 @@ class _Packer:
         place = (tuple(view.shape), view.stride(), view.storage_offset())
         decode, _ = self.edge(lambda v: v.as_strided(*place), whole.kept, copied, value, "view of original")
         return Pack(value, whole.kept, whole.encode, decode)
+
+    def watch(self, values: Sequence[int]) -> Watch | None:
+        """A watch on the largest of these values; those of equal layout are traced once."""
+        fakes = [(value, self.capture.fake(value)) for value in values]
+        floats = [(value, fake) for value, fake in fakes if fake.is_floating_point() and fake.numel() > 1]
+        if not floats:
+            return None
+        value, fake = max(floats, key=lambda item: item[1].numel())
+        if value not in self.watches:
+            self.watches[value] = self._watch(value, fake)
+        return self.watches[value]
+
+    def _watch(self, value: int, fake: Tensor) -> Watch:
+        stage = self.values[value].stage
+        shape, ties = tuple(fake.shape), stage == "backward"
+        key = (shape, fake.stride(), fake.dtype, str(fake.device), ties)
+        if key not in self.watch_traces:
+            taken = trace_operations(sampler(shape), (fake,))
+            self.watch_traces[key] = taken, trace_operations(comparer(shape, ties), (taken[2][0], fake))
+        (take, taken_slots, sample), (ask, ask_slots, answer) = self.watch_traces[key]
+        later: Stage = "backward" if ties else "late"
+        kept = self.add_value(value, sample[0], "sample", later)
+        drift = self.add_value(value, answer[0], "drift", "backward")
+        return Watch(
+            value,
+            Edge((kept,), (value,), take, taken_slots, "sample", "codec", later),
+            Edge((drift,), (kept, value), ask, ask_slots, "drift", "codec", "backward"),
+        )
 
 
 def _copies(packer: _Packer, graph: Graph) -> dict[int, Pack]:
@@ -258,6 +290,7 @@ def analyse(capture: Capture, device: Device, fixed_sizes: bool = False) -> Anal
     signs = [_sign_packs(packer, graph, block) for block in blocks]
     edges = inverse_edges(capture, device, add_value=partial(packer.add_value, stage="backward"))
     edges = tuple(_of_fixed_size(edges)) if fixed_sizes else edges
+    watches = tuple((packer.watch(block.live_in), packer.watch(block.cotangents_in)) for block in blocks)
     extended = replace(graph, values=tuple(packer.values))
     scopes = [_scope(graph, block) for block in blocks]
     homes = _by_block(graph, edges, scopes)
@@ -278,6 +311,7 @@ def analyse(capture: Capture, device: Device, fixed_sizes: bool = False) -> Anal
         ),
         strict_signs=tuple(tuple(_strict_signs(capture, block, device)) for block in blocks),
         signs=tuple(tuple(packs) for packs, _ in signs),
+        watches=watches,
         fakes=packer.fakes,
     )
 

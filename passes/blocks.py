@@ -135,7 +135,7 @@ def find_blocks(graph: Graph) -> tuple[Block, ...]:
     backward: list[list[Edge]] = [[] for _ in pieces]
     for position, block in assigned.items():
         backward[block].append(graph.edges[position])
-    late = _assign_late(graph, forward_block, backward)
+    late = _assign_late(graph, forward_block, backward, [live[border] for border in borders])
     producer = {value: i for i, edges in enumerate(backward) for edge in edges for value in edge.gives}
     producer.update(dict.fromkeys(graph.tangents, len(pieces)))
     gradients = set(graph.gradient_values)
@@ -162,19 +162,36 @@ def find_blocks(graph: Graph) -> tuple[Block, ...]:
     )
 
 
-def _assign_late(graph: Graph, block: dict[int, int], backward: Sequence[Sequence[Edge]]) -> list[list[Edge]]:
-    """Late edges live with the forward values they read; views of the step's inputs with nobody."""
+def _assign_late(
+    graph: Graph, block: dict[int, int], backward: Sequence[Sequence[Edge]], live_in: Sequence[frozenset[int]]
+) -> list[list[Edge]]:
+    """Late edges live with their first reader if the values they read are alive there, else with these values.
+
+    (`x.t()` in the gradient of `x @ w` belongs to the product's block, though x is made by the block before.) Views of
+    the step's inputs live with nobody.
+    """
     late: list[list[Edge]] = [[] for _ in backward]
-    readers = {value: i for i in reversed(range(len(backward))) for edge in backward[i] for value in edge.needs}
+    edges = [edge for edge in graph.stage_edges("late") if not graph.static.issuperset(edge.gives)]
+    readers = _first_readers(edges, backward)
     place = dict(block)
-    for edge in graph.stage_edges("late"):
-        if graph.static.issuperset(edge.gives):
-            continue
-        found = [place[value] for value in edge.needs if value in place]
-        home = max(found, default=min((readers[v] for v in edge.gives if v in readers), default=len(backward) - 1))
+    for edge in edges:
+        made = max((place[value] for value in edge.needs if value in place), default=0)
+        read = min((readers[value] for value in edge.gives if value in readers), default=len(backward) - 1)
+        at_hand = all(value in live_in[read] or place.get(value, read) == read for value in edge.needs)
+        home = read if at_hand and read > made else made
         late[home].append(edge)
         place.update(dict.fromkeys(edge.gives, home))
     return late
+
+
+def _first_readers(late: Sequence[Edge], backward: Sequence[Sequence[Edge]]) -> dict[int, int]:
+    """The first block whose backward edges read a value, directly or through late edges."""
+    readers = {value: i for i in reversed(range(len(backward))) for edge in backward[i] for value in edge.needs}
+    for edge in reversed(late):
+        first = min((readers[value] for value in edge.gives if value in readers), default=None)
+        if first is not None:
+            readers.update({value: min(first, readers.get(value, first)) for value in edge.needs})
+    return readers
 
 
 def _demanded(graph: Graph, edges: Iterable[Edge]) -> tuple[int, ...]:

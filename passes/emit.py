@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from .analysis import Analysis
 from .blocks import Block
+from .drift import Drift, Watch
 from .graph import Edge, Operation, Ref
 from .inverse import WAITING_BYTES_PER_S, Solution, solve
 from .program import Builder, Program
@@ -37,11 +38,15 @@ class Segment:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The forward and the backward program, and the values handed from one to the other, in order."""
+    """The forward and the backward program, and the values handed from one to the other, in order.
+
+    Behind the gradients, the backward program returns how far each inverted chain has drifted.
+    """
 
     forward: Program
     backward: Program
     kept: tuple[int, ...]
+    drifts: tuple[Drift, ...] = ()
 
 
 class Unreachable(Exception):
@@ -211,13 +216,20 @@ class BackwardEmitter:
     """Emits segments, last to first. `kept` values and `given` ones (cotangents, borders) are arguments when read."""
 
     def __init__(
-        self, facts: Facts, kept: Iterable[int], given: Iterable[int], span: Iterable[int] | None = None
+        self,
+        facts: Facts,
+        kept: Iterable[int],
+        given: Iterable[int],
+        span: Iterable[int] | None = None,
+        watching: bool = False,
     ) -> None:
         self.facts, self.analysis, self.graph = facts, facts.analysis, facts.analysis.graph
         self.builder = Builder(self.graph)
         self.kept, self.given = frozenset(kept), frozenset(given)
         self.kept |= {self.analysis.packs[value].kept for value in self.kept if value in self.analysis.packs}
         self.routes: dict[int, Edge] = {}
+        self.watching = watching
+        self.drifts: list[tuple[Drift, int]] = []  # with the slot of each
         self.default = self._forward_routes(range(len(self.analysis.blocks)) if span is None else span)
 
     def _forward_routes(self, span: Iterable[int]) -> Mapping[int, Edge]:
@@ -268,13 +280,33 @@ class BackwardEmitter:
         if segment.inner:
             self._nested(segment)
             return
+        watched = self._watched(segment, segment.span, 0) if segment.strategy == "invert" else None
         for index in reversed(segment.span):
             block = self.analysis.blocks[index]
             if segment.strategy == "invert":
                 found = self.facts.inversion(index)
                 self.routes.update(found.edge)
                 self.ensure(block.live_in, index)
+            if watched is not None and watched[0] == index:
+                self.builder.input(watched[1].kept)
+                self._compare(segment, watched[1])
             self._backward(block)
+
+    def _watched(self, segment: Segment, order: Iterable[int], which: int) -> tuple[int, Watch] | None:
+        """The first watch on what a chain recovers: what is kept or given anyway is not recovered."""
+        if not self.watching:
+            return None
+        for index in order:
+            watch = self.analysis.watches[index][which]
+            if watch is not None and watch.value not in self.kept | self.given:
+                return index, watch
+        return None
+
+    def _compare(self, segment: Segment, watch: Watch) -> None:
+        """As part of the block in front of the chain: the chain's own blocks stay alike, and are compiled once."""
+        self.builder.emit(watch.compare, max(segment.first - 1, 0))
+        slot = self.builder.environment[watch.drift]
+        self.drifts.append((Drift(segment.strategy, segment.first, segment.last), slot))
 
     def _nested(self, segment: Segment) -> None:
         """Forward again, holding only what the inner segments keep; then these, from last to first."""
@@ -304,7 +336,12 @@ class BackwardEmitter:
         blocks = [self.analysis.blocks[index] for index in segment.span]
         leaving = {*blocks[0].cotangents_out}
         before = set(self.builder.environment)
+        watched = self._watched(segment, reversed(segment.span), 1)
         for block in reversed(blocks):
+            if watched is not None and watched[0] == block.index:
+                self.ensure([watched[1].value], block.index)
+                self.builder.emit(watched[1].sample, min(segment.last + 1, len(self.analysis.blocks) - 1))
+                leaving.add(watched[1].kept)
             spine = self.facts.spine(block.index)
             routes = spine.solution.edge.items()
             self.routes.update({value: edge for value, edge in routes if edge.label != "residual"})
@@ -320,6 +357,10 @@ class BackwardEmitter:
             self.routes.update(self.facts.sweep(block.index).edge)
         for block in blocks:
             self.ensure(block.gradients, block.index)
+        watched = self._watched(segment, reversed(segment.span), 1)
+        if watched is not None:
+            self.ensure([watched[1].value], watched[0])
+            self._compare(segment, watched[1])
 
 
 class ForwardEmitter:
@@ -334,6 +375,7 @@ class ForwardEmitter:
         definition = dict(self.graph.definition)
         for pack in (*self.analysis.packs.values(), *(p for packs in self.analysis.signs for p in packs)):
             definition[pack.kept] = pack.encode
+        definition |= {watch.kept: watch.sample for watch, _ in self.analysis.watches if watch is not None}
         stack, edges = sorted(kept), {}
         while stack:
             value = stack.pop()
@@ -401,7 +443,7 @@ def emit(facts: Facts, segments: Sequence[Segment], sweeps_last: bool = False) -
     analysis, graph = facts.analysis, facts.analysis.graph
     kept = {value for segment in segments for value in segment.kept}
     given = {*graph.tangents, *graph.output_values}
-    emitter = BackwardEmitter(facts, kept, given)
+    emitter = BackwardEmitter(facts, kept, given, watching=True)
     waiting = []
     for segment in reversed(segments):
         if sweeps_last and segment.strategy == "moonwalk":
@@ -417,11 +459,11 @@ def emit(facts: Facts, segments: Sequence[Segment], sweeps_last: bool = False) -
             emitter.ensure(edge.needs, 0)
             emitter.builder.emit(edge, 0)
     tangents = list(graph.tangents)
-    gradients = _resolve(graph.gradients, emitter.builder)
-    handed = [value for value in emitter.builder.read_inputs(gradients) if value not in set(tangents)]
-    backward = emitter.builder.finish(gradients, [*handed, *tangents])
+    results = (*_resolve(graph.gradients, emitter.builder), *(Ref(slot) for _, slot in emitter.drifts))
+    handed = [value for value in emitter.builder.read_inputs(results) if value not in set(tangents)]
+    backward = emitter.builder.finish(results, [*handed, *tangents])
     forward = emit_forward(analysis, handed)
-    return Schedule(forward, backward, tuple(handed))
+    return Schedule(forward, backward, tuple(handed), tuple(drift for drift, _ in emitter.drifts))
 
 
 def emit_forward(analysis: Analysis, handed: Sequence[int]) -> Program:

@@ -19,6 +19,7 @@ from . import convolution, erasing, linear, pointwise, shape
 from .orthogonal import orthogonal_values
 from .regions import find_regions
 from .rule import Call, Recipe, Region, Rule
+from .spine import find_input_gradients
 
 FAMILIES = (pointwise, erasing, shape, linear, convolution)
 RULES: dict[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
@@ -261,5 +262,6 @@ def inverse_edges(
     numbers = count(len(capture.graph.values))
     inverter = _Inverter(capture, device, orthogonal, add_value or (lambda like, fake, suffix: next(numbers)))
     found = [inverse for edge in capture.graph.edges for inverse in inverter.of_edge(edge)]
-    found += [inverse for region in find_regions(capture) for inverse in inverter.of_region(region)]
+    regions = (*find_regions(capture), *find_input_gradients(capture))
+    found += [inverse for region in regions for inverse in inverter.of_region(region)]
     return tuple(found)

@@ -114,6 +114,7 @@ def analysis_of(
         signs=nothing,
         strict_signs=nothing,
         fragments=nothing,
+        watches=tuple((None, None) for _ in blocks),
         fakes={value.index: f"{value.dtype}{list(value.shape)}" for value in graph.values},
     )
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+import torch
 
 from moonwalk_compile.passes.blocks import Block, find_blocks
 from moonwalk_compile.passes.graph import Graph
+from moonwalk_compile.testing import capture_joint
 
 from .hand import Hand, Layer, chain
 
@@ -169,3 +171,34 @@ def test_late_edges_live_with_what_they_read():
     assert [[edge.gives[0] for edge in block.late] for block in blocks] == [[sign], []]
     assert turned in graph.static  # a view of a parameter is available everywhere
     assert blocks[0].demanded == (sign,)
+
+
+def test_products_with_an_untransposed_weight_are_blocks_of_their_own():
+    """The gradient of `x @ w` reads `x.t()`, a late view of what the block before made."""
+
+    def chain(x, *weights):
+        for weight in weights:
+            x = torch.tanh(x @ weight)
+        return x
+
+    capture = capture_joint(chain, [torch.randn(16, 8), *(torch.randn(8, 8) for _ in range(4))])
+    blocks = find_blocks(capture.graph)
+    assert len(blocks) == 4
+    for block in blocks:
+        at_hand = {*block.live_in, *capture.graph.static, *(v for e in block.forward for v in e.gives)}
+        for edge in block.late:
+            assert at_hand.issuperset(edge.needs)
+            at_hand.update(edge.gives)
+        assert at_hand.issuperset(block.demanded)
+
+
+def test_a_shared_constant_crosses_no_border():
+    def chain(x, *weights):
+        for weight in weights:
+            x = torch.tanh(x @ (weight + torch.eye(8, dtype=weight.dtype)).t())
+        return x
+
+    capture = capture_joint(chain, [torch.randn(16, 8), *(torch.randn(8, 8) for _ in range(4))])
+    constants = [edge for edge in capture.graph.edges if edge.label == "eye"]
+    assert len(constants) == 1
+    assert all(len(block.live_out) == 1 for block in find_blocks(capture.graph))
