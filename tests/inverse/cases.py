@@ -97,6 +97,22 @@ def _conv(**settings: object) -> object:
     return lambda x, w, b=None: F.conv2d(x, w, b, **settings)
 
 
+def _conv1(**settings: object) -> object:
+    return lambda x, w, b=None: F.conv1d(x, w, b, **settings)
+
+
+def _conv3(**settings: object) -> object:
+    return lambda x, w, b=None: F.conv3d(x, w, b, **settings)
+
+
+def _transposed(**settings: object) -> object:
+    return lambda x, w, b=None: F.conv_transpose2d(x, w, b, **settings)
+
+
+def _transposed1(**settings: object) -> object:
+    return lambda x, w, b=None: F.conv_transpose1d(x, w, b, **settings)
+
+
 CONVOLUTION = [
     Case("convolution 1x1", _conv(), "bnkk nn11 n"),
     Case("convolution 1x1, narrowing", _conv(), "bnkk mn11", invert=False),
@@ -111,11 +127,75 @@ CONVOLUTION = [
     Case("transposed", lambda x, w, b: F.conv_transpose2d(x, w, b, stride=2), "b843 8222 2"),
     Case("transposed, narrowing", lambda x, w: F.conv_transpose2d(x, w, stride=2), "b943 9222", invert=False),
     Case("transposed, widening", lambda x, w: F.conv_transpose2d(x, w, stride=2), "b643 6222", vijp=False),
-    Case("overlapping", _conv(padding=1), "b2kk 2233", invert=False, vijp=False),
-    Case("padded 1x1", _conv(padding=1), "bnkk nn11", invert=False, vijp=False),
-    Case("dilated", _conv(stride=2, dilation=2), "b266 8222", invert=False, vijp=False),
-    Case("grouped", _conv(groups=2), "b4kk 4211", invert=False, vijp=False),
+    Case("overlapping", _conv(padding=1), "b2kk 2233", invert=False),
+    Case("padded 1x1", _conv(padding=1), "bnkk nn11", vijp=False),
+    Case("padded 1x1, widening", _conv(padding=1), "bnkk wn11", vijp=False),
+    Case("dilated", _conv(stride=2, dilation=2), "b266 8222", invert=False),
+    Case("grouped", _conv(groups=2), "b4kk 4211"),
+    Case("unbatched", _conv(), "nkk nn11"),
+    Case("grouped, narrowing", _conv(groups=2), "b6kk 4311 4", invert=False),
+    Case("grouped, widening", _conv(groups=2), "b4kk 6211 6", vijp=False),
+    Case("depthwise", _conv(groups=4), "b4kk 4111 4"),
+    Case("patchify, grouped", _conv(stride=2, groups=2), "b446 8222 8", invert=False),
+    Case("patchify, padded", _conv(stride=2, padding=1), "b244 8222", vijp=False),
+    Case("patchify, padded, a rest", _conv(stride=2, padding=1), "b255 8222", vijp=False),
+    Case("patchify, padded, narrowing", _conv(stride=2, padding=1), "b244 2222 2", invert=False),
+    Case("patchify, grouped in three dimensions", _conv3(stride=2, groups=2), "b2464 81222", invert=False),
+    Case("transposed, grouped", _transposed(stride=2, groups=2), "b843 8222 4", vijp=False),
+    Case("transposed, depthwise", _transposed(stride=2, groups=4), "b443 4122", vijp=False),
+    Case("transposed, widening groups", _transposed(stride=2, groups=2), "b443 4222", vijp=False),
+    Case("transposed, cropping", _transposed(stride=3, padding=1), "b243 2233", vijp=False),
+    Case("transposed, in one dimension", _transposed1(stride=2), "b43 422"),
 ]
+
+STRIDED = [
+    Case("one tap", _conv(stride=2, padding=1), "b466 2433 2", invert=False),
+    Case("one tap, odd sizes", _conv(stride=2, padding=1), "b457 2433", invert=False),
+    Case("one tap, grouped", _conv(stride=2, padding=1, groups=2), "b866 4433", invert=False),
+    Case("one tap of five", _conv(stride=3, padding=2), "b477 2455", invert=False),
+    Case("several taps", _conv(stride=3, padding=1), "b299 6233", invert=False),
+    Case("several taps, overlapping", _conv(stride=4, padding=1), "b2ww 4255", invert=False),
+    Case("a kernel smaller than the stride", _conv(stride=3), "b255 6222", invert=False),
+    Case("dilated taps", _conv(stride=3, dilation=2, padding=2), "b499 4433", invert=False),
+    Case("one tap in one dimension", _conv1(stride=2, padding=1), "b48 243", invert=False),
+    Case("one tap in three dimensions", _conv3(stride=2, padding=1), "b4646 24333", invert=False),
+    Case("one tap, transposed", _transposed(stride=2, padding=1, output_padding=1), "b234 2433", vijp=False),
+    Case("no tap of its own", _transposed(stride=2), "b934 9244", invert=False, vijp=False),
+    Case("more channels than taps", _conv(stride=2), "b155 5122", invert=False, vijp=False),
+]
+
+FRAGMENTS = [
+    Case("checkerboard", _conv(stride=2, padding=1), "b266 4233 4", invert=False),
+    Case("checkerboard, odd sizes", _conv(stride=2, padding=1), "b257 2233", invert=False),
+    Case("checkerboard, grouped", _conv(stride=2, padding=1, groups=2), "b466 4233", invert=False),
+    Case("checkerboard, depthwise", _conv(stride=2, padding=1, groups=3), "b366 3133", invert=False),
+    Case("checkerboard in three dimensions", _conv3(stride=2, padding=1), "b2445 22333", invert=False),
+    Case("every second one", _conv1(stride=2, padding=1), "b29 324", invert=False),
+    Case("one of four", _conv(stride=2, padding=1), "b266 4244 4", invert=False),
+    Case("one of six", _conv(padding=1), "b2ww 2233", invert=False),
+    Case("one of sixteen", _conv(stride=2, padding=3), "b199 6177", invert=False),
+    Case("one of a dilated kernel", _conv(padding=2, dilation=2), "b277 2233", invert=False),
+    Case("clusters", _conv(padding=1), "8299 2233 2", invert=False),
+    Case("clusters, odd sizes", _conv(padding=1), "8297 2233", invert=False),
+    Case("clusters that end at the border", _conv(), "8288 2233", invert=False),
+    Case("clusters, strided", _conv(stride=2, padding=1), "9299 4244", invert=False),
+    Case("clusters, grouped", _conv(padding=1, groups=2), "9499 4233", invert=False),
+    Case("clusters, depthwise", _conv(padding=2, groups=3), "9399 3155", invert=False),
+    Case("clusters in one dimension", _conv1(padding=1), "929 223", invert=False),
+    Case("clusters in three dimensions", _conv3(padding=1), "91566 11333", invert=False),
+    Case("more features than taps", _conv(stride=2), "b155 5122", vijp=False, invert=False),
+]
+ITERATED = [
+    Case("transposed, overlapping", _transposed(stride=2, padding=1), "b234 2444 4", vijp=False),
+    Case("transposed, overlapping, grouped", _transposed(stride=2, padding=1, groups=2), "b444 4244", vijp=False),
+    Case("transposed, narrowing, overlapping", _transposed(padding=1), "b445 4233", invert=False),
+    Case("overlapping, widening", _conv(padding=1), "b234 4233 4"),
+    Case("overlapping in one dimension", _conv1(padding=2, dilation=2), "b27 423"),
+    Case("overlapping, too narrow", _conv(padding=1), "b634 6633", invert=False),
+    Case("overlapping, cropping", _conv(), "b255 4233", invert=False),
+    Case("overlapping, strided", _conv(stride=2, padding=1), "b266 8233", invert=False),
+]
+
 
 REFUSED = [
     Case("sin", torch.sin, "bn", invert=False),
@@ -137,9 +217,15 @@ REFUSED = [
     Case("a hole", lambda x: torch.cat([x[:, :2], x[:, 3:]], 1), "b6", invert=False),
     Case("max alone", lambda x: torch.maximum(x[:, :2], x[:, 2:]), "b4", invert=False, vijp=False),
     Case("maxmin of different pairs", lambda x: _maxmin_of_three(x), "b6", invert=False, vijp=False),
+    Case("circular", lambda x, w: F.conv2d(_circular(x), w), "b255 2233", invert=False, vijp=False),
+    Case("causal", lambda x, w: F.conv1d(F.pad(x, (2, 0)), w), "b27 223", invert=False, vijp=False),
     Case("cumsum", lambda x: x.cumsum(1), "bn", invert=False, vijp=False),
     Case("gather", lambda x: x.gather(1, torch.zeros_like(x, dtype=torch.int64)), "bn", invert=False, vijp=False),
 ]
+
+
+def _circular(x: Tensor) -> Tensor:
+    return F.pad(x, (1, 1, 1, 1), mode="circular")
 
 
 def _maxmin_of_three(x: Tensor) -> Tensor:
@@ -232,4 +318,4 @@ COMPOSITE = [
     Case("nested", lambda x, u, d, w: F.leaky_relu(_additive(x, u, d) @ w, 0.3).sinh(), "b8 46 64 88"),
 ]
 
-CASES = [*POINTWISE, *ERASING, *SHAPE, *LINEAR, *CONVOLUTION, *REFUSED, *COMPOSITE]
+CASES = [*POINTWISE, *ERASING, *SHAPE, *LINEAR, *CONVOLUTION, *STRIDED, *FRAGMENTS, *ITERATED, *REFUSED, *COMPOSITE]
