@@ -110,7 +110,7 @@ class Clusters:
         return torch.cat([head.narrow(dim, 0, head.shape[dim] - short), tail], dim)
 
     def _assemble(self, clustered: Tensor, fragment: Sequence[Tensor]) -> Tensor:
-        for axis in reversed(range(len(self.reach))):
+        for axis in reversed(range(len(fragment))):  # none where the clusters are all there is
             clustered = self._join(clustered, fragment[axis], axis)
         return clustered
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -219,7 +220,7 @@ def _function_key(function: Callable[..., Any]) -> Any:
 
 
 def _trace_recipes(call: Call, rule: Rule) -> Iterator[_Traced]:
-    for recipe in rule(call):
+    for recipe in _recipes(call, rule):
         if not _sound(call, recipe):
             continue
         outputs = [call.outputs[position] for position in recipe.outputs]
@@ -229,6 +230,15 @@ def _trace_recipes(call: Call, rule: Rule) -> Iterator[_Traced]:
         traced = _trace(recipe.function, [*inputs, *fragment.fakes], solved)
         if traced is not None:
             yield _Traced(recipe, *traced, fragment)
+
+
+def _recipes(call: Call, rule: Rule) -> Iterator[Recipe]:
+    """A rule that fails is a bug of the rule, and no reason not to train: the operation is then not inverted."""
+    try:
+        yield from rule(call)
+    except Exception as error:
+        message = f"moonwalk: the inverse rule of {call.name} failed ({type(error).__name__}: {error}); it is left out"
+        warnings.warn(message, stacklevel=2)
 
 
 def _trace_fragment(function: Callable[..., tuple[Tensor, ...]] | None, inputs: Sequence[Tensor]) -> _Fragment:
