@@ -93,11 +93,11 @@ class Session:
         self.positions = {capture.graph.primals[primal]: flat for primal, flat in places.items()}
         self.analysis = analyse(capture, self.device)
         workspaces = self._workspaces()
-        self.facts = Facts(self.analysis, reuse=self.options.lowering == "eager", workspace=workspaces)
+        self.facts = self._facts(workspaces)
         self.lowerer = Lowerer(
             self.analysis, joint, self.options.lowering, workspaces.of_call if workspaces else no_workspace
         )
-        planner = Planner(self.facts, self.options.strategies, self.certificates, self.options.tolerance)
+        planner = self._planner()
         self.planner, plain = planner, planner.plain
         try:
             planned = self._settle(planner, plain)
@@ -114,6 +114,17 @@ class Session:
             clock.save()
         self.meter = self._watch()
         self.plan = replace(self.plan, planning_s=time.perf_counter() - started - self.lowering_s)
+        return self._modules(planned, joint)
+
+    def _facts(self, workspaces: Workspaces | None, freed: frozenset[int] = frozenset()) -> Facts:
+        assert self.analysis is not None
+        return Facts(self.analysis, self.options.lowering == "eager", workspaces, freed)
+
+    def _planner(self) -> Planner:
+        return Planner(self.facts, self.options.strategies, self.certificates, self.options.tolerance)
+
+    def _modules(self, planned: Planned, joint: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
+        assert self.analysis is not None
         return to_halves(self.analysis, planned.schedule, joint)
 
     def _at_hand(self) -> bool:
