@@ -30,7 +30,7 @@ from .passes.rewrite import to_halves
 from .passes.timing import Clock
 from .passes.verify import verify, verify_certified
 from .passes.workspace import Workspaces
-from .passes.wrapper_memory import no_workspace
+from .passes.wrapper_memory import Workspace, no_workspace
 from .report import Plan
 
 TRIAL = 2**30  # bytes of the operands of one operation that may be tried while planning on fake tensors
@@ -94,9 +94,7 @@ class Session:
         self.analysis = analyse(capture, self.device)
         workspaces = self._workspaces()
         self.facts = self._facts(workspaces)
-        self.lowerer = Lowerer(
-            self.analysis, joint, self.options.lowering, workspaces.of_call if workspaces else no_workspace
-        )
+        self.lowerer = self._lowerer(joint, workspaces.of_call if workspaces else no_workspace)
         planner = self._planner()
         self.planner, plain = planner, planner.plain
         try:
@@ -119,6 +117,10 @@ class Session:
     def _facts(self, workspaces: Workspaces | None, freed: frozenset[int] = frozenset()) -> Facts:
         assert self.analysis is not None
         return Facts(self.analysis, self.options.lowering == "eager", workspaces, freed)
+
+    def _lowerer(self, joint: fx.GraphModule, workspace: Workspace) -> Lowerer:
+        assert self.analysis is not None
+        return Lowerer(self.analysis, joint, self.options.lowering, workspace)
 
     def _planner(self) -> Planner:
         return Planner(self.facts, self.options.strategies, self.certificates, self.options.tolerance)

@@ -38,7 +38,7 @@ def training_step(
     max_slowdown: float = 1.5,
     strategies: Iterable[str] = ("keep", "checkpoint", "invert", "moonwalk"),
     tolerance: float = 1e-4,
-    lowering: str = "eager",
+    lowering: str = "inductor",
     profile: str = "model",
     clip_norm: float | None = None,
     example_inputs: Sequence[Any] | None = None,
@@ -57,7 +57,7 @@ def training_step(
             so none is freed early, and the optimizer takes its own step.
         budget, max_slowdown, strategies, tolerance, profile: as for `moonwalk_compile`. The peak of a step with an
             optimizer includes what its updates hold meanwhile, but not the optimizer's state.
-        lowering: "eager"; the single step is not lowered through Inductor.
+        lowering: "inductor" (the blocks are compiled, the updates are calls between them), or "eager".
         example_inputs: plan now, on inputs like these, instead of at the first call.
 
     Raises UsageError for an optimizer that cannot update parameters one at a time, OptionError for a bad option; when
@@ -75,7 +75,8 @@ class TrainingStep:
 
     Attributes:
         plan: the `Plan` of the latest compilation, None before the first.
-        graph_module: the whole step as FX code, None before the first compilation.
+        graph_module: the whole step as one FX graph, None before the first compilation. Under `lowering="eager"` its
+            code is what runs.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class TrainingStep:
         options: Options,
         clip_norm: float | None = None,
     ) -> None:
-        check_call(model, optimizer, options, clip_norm)
+        check_call(model, optimizer, clip_norm)
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.options, self.clip_norm = options, clip_norm
         self.updater = self._new_updater()
@@ -163,13 +164,10 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def check_call(model: nn.Module, optimizer: Optimizer | None, options: Options, clip_norm: float | None) -> None:
+def check_call(model: nn.Module, optimizer: Optimizer | None, clip_norm: float | None) -> None:
     """Raise UsageError for what is wrong whatever the model computes."""
     if model._compiled_call_impl is not None:
         raise UsageError(TITLE, "the model has been compiled already", "pass the model as it was before")
-    if options.lowering != "eager":
-        what = "Inductor compiles forward and backward apart, and the step is a single program"
-        raise UsageError(TITLE, what, 'pass lowering="eager", or use moonwalk_compile and call the optimizer yourself')
     if clip_norm is not None and optimizer is None:
         raise UsageError(TITLE, "clip_norm without an optimizer", "clip the gradients that the step leaves in .grad")
 

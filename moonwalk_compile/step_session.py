@@ -6,6 +6,7 @@ gradients that the step has not used up.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,11 +18,13 @@ from .meter import StepMeter, WholeMeter
 from .passes.emit import Facts
 from .passes.graph import Ref
 from .passes.joint import JointMeasure, UpdateImpossible, Updates, handing_back, handing_over, verify_updates
+from .passes.joint_lower import JointLowerer
 from .passes.lower import Boxed, Half, as_boxed, boxed_eager
 from .passes.plan import Planned, Planner
 from .passes.program import Program
 from .passes.rewrite import to_module
 from .passes.workspace import Workspaces
+from .passes.wrapper_memory import Workspace
 from .report import Plan
 from .session import Session
 from .updates import Updater
@@ -107,14 +110,28 @@ class StepSession(Session):
 
     # -- lowering ------------------------------------------------------------------------------------------------------
 
-    def _lower(self, planned: Planned) -> int:
+    def _lowerer(self, joint: fx.GraphModule, workspace: Workspace) -> JointLowerer:
         assert self.analysis is not None
+        lowerer = JointLowerer(self.analysis, joint, self.options.lowering, workspace)
+        lowerer.updates = self.measure.updates
+        return lowerer
+
+    def _lower(self, planned: Planned) -> int:
+        """Compile the step; return the peak of what was generated (of the simulation where that is what runs)."""
+        assert self.analysis is not None and isinstance(self.lowerer, JointLowerer)
         verify_updates(self.measure.joined(self.facts, planned.schedule), self.measure.updates)
         program = self.measure.program(self.facts, planned.schedule)
-        self.module = self._module(handing_over(self.analysis, program), "MoonwalkStep")
-        self.forward = Half(boxed_eager(self.module))
-        self.backward = Half(boxed_eager(self._module(handing_back(self.analysis, program), "MoonwalkGradients")))
-        return planned.peak
+        left = Half(boxed_eager(self._module(handing_back(self.analysis, program), "MoonwalkGradients")))
+        program = handing_over(self.analysis, program)
+        self.module = self._module(program, "MoonwalkStep")
+        if self.options.lowering == "eager":
+            self.forward, self.backward = Half(boxed_eager(self.module)), left
+            return planned.peak
+        started = time.perf_counter()
+        self.forward, rest = self.lowerer.whole(program, len(planned.schedule.forward.instructions))
+        self.backward = replace(left, timeline=rest.timeline)
+        self.lowering_s += time.perf_counter() - started
+        return max(half.timeline.peak for half in (self.forward, rest) if half.timeline is not None)
 
     def _module(self, program: Program, name: str) -> fx.GraphModule:
         assert self.analysis is not None

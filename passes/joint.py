@@ -175,9 +175,7 @@ class JointMeasure:
     def joined(self, facts: Facts, schedule: Schedule) -> Program:
         return with_updates(facts.analysis, join(facts.analysis, schedule), self.updates)
 
-    def __call__(
-        self, facts: Facts, segments: tuple[Segment, ...], schedule: Schedule, error: float = 0.0
-    ) -> Planned:
+    def __call__(self, facts: Facts, segments: tuple[Segment, ...], schedule: Schedule, error: float = 0.0) -> Planned:
         program, analysis = self.program(facts, schedule), facts.analysis
         whole = simulate(program, analysis.charges, workspace=lambda operation: self._workspace(facts, operation))
         forward, backward = self._halves(program, whole, len(schedule.forward.instructions))
