@@ -168,6 +168,8 @@ def check_call(model: nn.Module, optimizer: Optimizer | None, clip_norm: float |
     """Raise UsageError for what is wrong whatever the model computes."""
     if model._compiled_call_impl is not None:
         raise UsageError(TITLE, "the model has been compiled already", "pass the model as it was before")
+    if any(isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) for module in model.modules()):
+        raise UsageError(TITLE, "gradients of a distributed model are exchanged by hooks", "pass the module within it")
     if clip_norm is not None and optimizer is None:
         raise UsageError(TITLE, "clip_norm without an optimizer", "clip the gradients that the step leaves in .grad")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,8 @@ class Updater:
             for place, group in enumerate(optimizer.param_groups)
             for parameter in group["params"]
         ]
+        if any(type(owned.parameter.data) is not Tensor for owned in self.owned):
+            raise _refusal("its parameters are tensors of a kind of their own, such as those of a distributed model")
         self.twin = copy.copy(optimizer)  # without hooks, and without what a scheduler wraps around `step`
         self.check()
 
@@ -103,7 +105,7 @@ class Updater:
         optimizer.step()
 
     def workspaces(self, numbers: Sequence[int]) -> dict[int, int]:
-        """Bytes that each update holds within its call, measured on copies; parameters that are alike are tried once."""
+        """Bytes that each update holds within its call, measured on copies; parameters alike are tried once."""
         found: dict[object, int] = {}
         result = {}
         for number in numbers:
@@ -147,8 +149,3 @@ def check_kind(optimizer: Any) -> None:
 
 def _refusal(why: str) -> UsageError:
     return UsageError("This optimizer cannot update within the step", why, _INSTEAD)
-
-
-def storages(values: Sequence[Any]) -> Iterator[int]:
-    """The addresses of the memory behind tensors; 0 for anything else, and for what is empty."""
-    return (value.untyped_storage().data_ptr() if isinstance(value, Tensor) else 0 for value in values)
