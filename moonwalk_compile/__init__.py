@@ -1,8 +1,7 @@
 """Train under a memory budget: a PyTorch graph compiler that inverts what it can and checkpoints the rest.
 
-The public interface is `moonwalk_compile`, the backend `moonwalk` for `torch.compile`, `training_step`, the `Plan` and the
-errors;
-`moonwalk_compile.measure` measures peaks, times and gradient errors.
+The public interface is `moonwalk_compile`, the backend `moonwalk` for `torch.compile`, `training_step`, the `Plan` and
+the errors; `moonwalk_compile.measure` measures peaks, times and gradient errors.
 """
 
 from .api import moonwalk_compile
