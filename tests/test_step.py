@@ -345,6 +345,44 @@ def test_tied_parameters(strategy: str):
     assert "5 parameters are updated within the step, no gradients remain" in step.plan.notes
 
 
+class Overwriting(nn.Module):
+    """The forward pass itself overwrites a parameter, before or after it has been read."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.second, self.how = nn.Linear(6, 6), nn.Linear(6, 6), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "before":
+            with torch.no_grad():
+                self.first.weight.clamp_(-0.1, 0.1)
+        x = self.second(torch.tanh(self.first(x)))
+        if self.how == "after":
+            with torch.no_grad():
+                self.second.bias.mul_(0.5)
+        if self.how == "data":
+            self.second.bias.data.mul_(0.5)
+        return x
+
+
+@pytest.mark.parametrize("how", ["before", "after"])
+def test_parameters_that_the_model_overwrites(how: str):
+    ours, my_optimizer, model, reference = both(Overwriting(how), OPTIMIZERS["momentum"])
+    inputs = CASES["mlp"][1]
+    step = training_step(ours, F.mse_loss, my_optimizer, strategies=("checkpoint",), lowering="eager")
+    for _ in range(3):
+        step(*inputs), eager_step(model, reference, *inputs)
+    same_model(ours, model)
+
+
+def test_overwriting_behind_the_back_of_autograd_is_refused():
+    """AOTAutograd would write such a parameter after the step, over its update."""
+    model = Overwriting("data")
+    step = training_step(model, F.mse_loss, OPTIMIZERS["SGD"](model.parameters()), lowering="eager")
+    with pytest.raises(UsageError, match="an input that requires a gradient is overwritten"):
+        step(*CASES["mlp"][1])
+
+
 def test_memory_shared_by_two_parameters_is_refused():
     model, inputs = mlp(), CASES["mlp"][1]
     model[2].weight = nn.Parameter(model[0].weight.detach())
