@@ -18,7 +18,7 @@ from .passes.drift import Drift
 from .passes.inductor import lower, warm_up
 from .passes.lower import boxed_eager
 from .report import Plan
-from .session import Session, is_real
+from .session import Certificates, Session, is_real
 from .units import format_bytes
 
 OnPlan = Callable[[Plan], None]
@@ -114,18 +114,17 @@ class CompiledStep:
     def _compile(self, inputs: Sequence[Any], certificates: Any = None, margin: int = 0) -> Callable[..., Any]:
         if self.options.lowering == "inductor" and self.device.name == "cpu":
             warm_up()
-        session = Session(
-            *(self.options, self.device, inputs),
-            certificates=certificates or {},
-            margin=margin,
-            on_measured=self._measured,
-        )
+        session = self._session(inputs, certificates or {}, margin)
         compiled = run_autograd(session, self.gm, inputs)
         session.example_inputs = None  # nothing may outlive the step because of us
         self.session = session
         if session.plan is not None:
             self._publish(session.plan)
         return compiled
+
+    def _session(self, inputs: Sequence[Any], certificates: Certificates, margin: int) -> Session:
+        given = (self.options, self.device, inputs)
+        return Session(*given, certificates=certificates, margin=margin, on_measured=self._measured)
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.is_grad_enabled():

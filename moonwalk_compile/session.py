@@ -31,7 +31,7 @@ from .passes.rewrite import to_halves
 from .passes.timing import Clock
 from .passes.verify import verify, verify_certified
 from .passes.workspace import Workspaces
-from .passes.wrapper_memory import no_workspace
+from .passes.wrapper_memory import Workspace, no_workspace
 from .report import Plan
 
 TRIAL = 2**30  # bytes of the operands of one operation that may be tried while planning on fake tensors
@@ -95,11 +95,9 @@ class Session:
         self.positions = {capture.graph.primals[primal]: flat for primal, flat in places.items()}
         self.analysis = analyse(capture, self.device, fixed_sizes=self.options.lowering == "inductor")
         workspaces = self._workspaces()
-        self.facts = Facts(self.analysis, reuse=self.options.lowering == "eager", workspace=workspaces)
-        self.lowerer = Lowerer(
-            self.analysis, joint, self.options.lowering, workspaces.of_call if workspaces else no_workspace
-        )
-        planner = Planner(self.facts, self.options.strategies, self.certificates, self.options.tolerance)
+        self.facts = self._facts(workspaces)
+        self.lowerer = self._lowerer(joint, workspaces.of_call if workspaces else no_workspace)
+        planner = self._planner()
         self.planner, plain = planner, planner.plain
         try:
             planned = self._settle(planner, plain)
@@ -116,6 +114,21 @@ class Session:
             clock.save()
         self.meter = self._watch()
         self.plan = replace(self.plan, planning_s=time.perf_counter() - started - self.lowering_s)
+        return self._modules(planned, joint)
+
+    def _facts(self, workspaces: Workspaces | None, freed: frozenset[int] = frozenset()) -> Facts:
+        assert self.analysis is not None
+        return Facts(self.analysis, self.options.lowering == "eager", workspaces, freed)
+
+    def _lowerer(self, joint: fx.GraphModule, workspace: Workspace) -> Lowerer:
+        assert self.analysis is not None
+        return Lowerer(self.analysis, joint, self.options.lowering, workspace)
+
+    def _planner(self) -> Planner:
+        return Planner(self.facts, self.options.strategies, self.certificates, self.options.tolerance)
+
+    def _modules(self, planned: Planned, joint: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
+        assert self.analysis is not None
         return to_halves(self.analysis, planned.schedule, joint)
 
     def _at_hand(self) -> bool:
@@ -149,13 +162,16 @@ class Session:
         return self.meter.forward(self.forward.call) if self.meter else self.forward.call
 
     def compile_backward(self, module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        assert self.backward is not None and self.planned is not None
-        drifts = len(self.planned.schedule.drifts)
-        call = self._without_drifts(self.backward.call, drifts) if drifts else self.backward.call
+        assert self.backward is not None
+        call = self._without_drifts(self.backward.call)
         return self.meter.backward(call) if self.meter else call
 
-    def _without_drifts(self, call: Boxed, count: int) -> Boxed:
+    def _without_drifts(self, call: Boxed) -> Boxed:
         """The results that AOTAutograd expects; how far the chains have drifted stays here."""
+        assert self.planned is not None
+        count = len(self.planned.schedule.drifts)
+        if not count:
+            return call
 
         def run(arguments: list[Any]) -> Sequence[Any]:
             results = call(arguments)

@@ -46,7 +46,7 @@ def backward_program(facts: Facts, segment: Segment) -> Program:
     emitter = BackwardEmitter(facts, segment.kept, given | outputs, segment.span)
     emitter.run(segment)
     passing = facts.passing(segment.span)
-    gradients = [value for index in segment.span for value in blocks[index].gradients]
+    gradients = [value for index in segment.span for value in facts.gradients(index)]
     leaving = [*first.cotangents_out, *gradients, *(first.live_in if segment.strategy == "invert" else ())]
     leaving = [value for value in leaving if value not in passing]
     emitter.ensure(leaving, segment.first)
@@ -184,6 +184,7 @@ def signature(facts: Facts, block: Block) -> tuple[object, tuple[int, ...]]:
         block.cotangents_in,
         block.cotangents_out,
         block.gradients,
+        facts.gradients(block.index),
     )
     crossing = tuple(tuple(local(v) for v in border if v not in passing) for border in borders)
     return (description, crossing), tuple(order)

@@ -181,13 +181,17 @@ class Facts:
     """The solutions of single blocks, computed when first asked for.
 
     `reuse` says that the programs will be lowered with results written over dying operands, `workspace` what an
-    operation holds within its call.
+    operation holds within its call, `freed` which gradients are used up where they are produced.
     """
 
     def __init__(
-        self, analysis: Analysis, reuse: bool = False, workspace: Callable[[Operation], int] | None = None
+        self,
+        analysis: Analysis,
+        reuse: bool = False,
+        workspace: Callable[[Operation], int] | None = None,
+        freed: frozenset[int] = frozenset(),
     ) -> None:
-        self.analysis, self.reuse, self.workspace = analysis, reuse, workspace
+        self.analysis, self.reuse, self.workspace, self.freed = analysis, reuse, workspace, freed
         self._cache: dict[tuple[str, int], Any] = {}
 
     def _once(self, kind: str, index: int, function: Callable[[Analysis, Block], Any]) -> Any:
@@ -206,6 +210,10 @@ class Facts:
 
     def sweep(self, index: int) -> Solution:
         return cast(Solution, self._once("sweep", index, block_sweep))
+
+    def gradients(self, index: int) -> list[int]:
+        """The gradients of a block that add up until the end of the step."""
+        return [value for value in self.analysis.blocks[index].gradients if value not in self.freed]
 
     def passing(self, span: Iterable[int]) -> frozenset[int]:
         """The values that only pass through some blocks: alive on both sides, and touched by none of them."""

@@ -169,7 +169,7 @@ class MoveMaker:
             forward_s=sum(edge.seconds for edge in block.forward),
             border=sum(size for _, size in {analysis.charges[value] for value in entering}),
             drawn=checkpoint.own if checkpoint else 0,
-            gradients=sum(size for _, size in {analysis.charges[value] for value in block.gradients}),
+            gradients=sum(size for _, size in {analysis.charges[value] for value in self.facts.gradients(index)}),
             keeps=tuple(move.cost for move in self._keep_moves(index)) if "keep" in self.strategies else (),
         )
 

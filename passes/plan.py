@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -51,8 +51,14 @@ class Planned:
         return max(self.forward.peak, self.backward.peak)
 
 
+Measure = Callable[[Facts, tuple[Segment, ...], Schedule, float], Planned]  # of an emitted plan
+
+
 class Planner:
-    """Prepares the moves of a step once, then answers for any budget."""
+    """Prepares the moves of a step once, then answers for any budget.
+
+    `measure` simulates emitted plans (default: `measure_schedule`, forward and backward as two programs).
+    """
 
     def __init__(
         self,
@@ -60,8 +66,10 @@ class Planner:
         strategies: Sequence[str] = ("keep", "checkpoint", "invert", "moonwalk"),
         certificates: Mapping[tuple[str, int], Certificate] | None = None,
         tolerance: float = math.inf,
+        measure: Measure | None = None,
     ) -> None:
         self.facts, self.analysis = facts, facts.analysis
+        self.measure = measure or measure_schedule
         self.maker = MoveMaker(facts, strategies, tolerance)
         self.maker.certificates.update(certificates or {})
         self.later_gradients = self._later_gradients()
@@ -129,7 +137,7 @@ class Planner:
         total, later = 0, []
         for block in reversed(self.analysis.blocks):
             later.append(total)
-            total += sum(size for _, size in {self.analysis.charges[v] for v in block.gradients})
+            total += sum(size for _, size in {self.analysis.charges[v] for v in self.facts.gradients(block.index)})
         return later[::-1]
 
     # -- what a plan is asked about ---------------------------------------------------------------------------------
@@ -212,13 +220,13 @@ class Planner:
         orders = (False, True) if any(s.strategy == "moonwalk" and s.first for s in segments) else (False,)
         schedules = (emit(self.facts, segments, sweeps_last) for sweeps_last in orders)
         return min(
-            (measure_schedule(self.facts, segments, schedule, error) for schedule in schedules), key=lambda p: p.peak
+            (self.measure(self.facts, segments, schedule, error) for schedule in schedules), key=lambda p: p.peak
         )
 
     def arranged(self, segments: Iterable[Segment]) -> Planned:
         """Emit and simulate segments that someone else has chosen."""
         segments = tuple(segments)
-        return measure_schedule(self.facts, segments, emit(self.facts, segments))
+        return self.measure(self.facts, segments, emit(self.facts, segments), 0.0)
 
     def tidied(self, planned: Planned, peak: float, seconds: float) -> Planned:
         """A plan of fewer segments that is hardly slower and within both bounds, or the same one.
