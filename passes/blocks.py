@@ -68,14 +68,29 @@ def _inputs_still_read(graph: Graph, chain: Sequence[Edge]) -> list[set[int]]:
     return sets[::-1]
 
 
+def _only_waiting(graph: Graph, chain: Sequence[Edge]) -> list[frozenset[int]]:
+    """For each position, the values that are only wanted when the forward pass ends: new running statistics, outputs.
+
+    Wherever the step is cut behind them, they are alive: counted, each one would make all later cuts look wide.
+    """
+    idle = frozenset(value for edge in chain for value in edge.gives)
+    sets = [idle]
+    for edge in reversed(chain):
+        idle = idle.difference(edge.needs)
+        sets.append(idle)
+    return sets[::-1]
+
+
 def cut_positions(graph: Graph, chain: Sequence[Edge], live: Sequence[frozenset[int]]) -> list[int]:
     """One candidate between each two expensive operations, where the live set is smallest; local minima stay."""
     landmarks = [p for p, edge in enumerate(chain) if edge.expensive] or [
         p for p, e in enumerate(chain) if not e.is_view
     ]
     reading = _inputs_still_read(graph, chain)
+    waiting = _only_waiting(graph, chain)
     roots = [
-        {graph.values[value].storage for value in values} | inputs for values, inputs in zip(live, reading, strict=True)
+        {graph.values[value].storage for value in values - idle} | inputs
+        for values, idle, inputs in zip(live, waiting, reading, strict=True)
     ]
     size = [sum(graph.values[root].bytes for root in at) for at in roots]
     candidates = []
