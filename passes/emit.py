@@ -6,15 +6,18 @@ gives a value that is not at hand. Emission itself is the same for all of them, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, cast
 
 from .analysis import Analysis
 from .blocks import Block
-from .graph import Edge, Operation, Ref
+from .graph import Edge, Graph, Operation, Ref
 from .inverse import WAITING_BYTES_PER_S, Solution, solve
 from .program import Builder, Program
+
+SMALL = 16  # a residual that is this many times smaller than what a block has anyway is not worth avoiding
 
 
 @dataclass(frozen=True)
@@ -91,30 +94,53 @@ def block_spine(analysis: Analysis, block: Block, fragments: Sequence[int] = ())
 
     On its way it takes the `fragments` that the block's sweep wants.
     """
-    graph = analysis.graph
-    packs = [
-        *analysis.signs[block.index],
-        *(analysis.packs[v] for v in _spine_reads(analysis, block) if v in analysis.packs),
-    ]
+    graph, reads = analysis.graph, _spine_reads(analysis, block)
+    packs = [*analysis.signs[block.index], *(analysis.packs[v] for v in reads if v in analysis.packs)]
     packs += [analysis.packs[v] for e in analysis.shortcuts[block.index] for v in e.needs if v in analysis.packs]
     packs = list({pack.kept: pack for pack in packs}.values())
-    readable = {*(pack.kept for pack in packs), *_spine_reads(analysis, block)}
-    reading = [
-        Edge((v,), (), (), (), "residual", seconds=graph.values[graph.values[v].storage].bytes / WAITING_BYTES_PER_S)
-        for v in readable
-    ]
     edges = (
-        *reading,
         *(pack.decode for pack in packs),
         *block.backward,
         *analysis.shortcuts[block.index],
         *analysis.fragments[block.index],
     )
-    wanted = (*block.cotangents_out, *fragments)
-    found = solve(edges, {*block.cotangents_in, *graph.static}, wanted)
-    residuals = [edge.gives[0] for edge in found.program(wanted)] if not found.missing else []
-    used = {value for value in residuals if found.edge[value].label == "residual"}
+    reading = [_reading(graph, value) for value in {*(pack.kept for pack in packs), *reads}]
+    known, wanted = {*block.cotangents_in, *graph.static}, (*block.cotangents_out, *fragments)
+    found, used = _leanest(edges, reading, known, wanted)
     return Spine(found, tuple(sorted(used)), found.missing, tuple(fragments))
+
+
+def _reading(graph: Graph, value: int) -> Edge:
+    """Having a value of the forward pass at hand, at the price of its bytes."""
+    seconds = graph.values[graph.values[value].storage].bytes / WAITING_BYTES_PER_S
+    return Edge((value,), (), (), (), "residual", seconds=seconds)
+
+
+def _leanest(
+    edges: Sequence[Edge], reading: Sequence[Edge], known: Set[int], wanted: Sequence[int]
+) -> tuple[Solution, tuple[int, ...]]:
+    """The solution that reads little, and what it reads.
+
+    The engine weighs each path alone and does not see that two of them read different things. So it is asked again
+    without each of the heavier ones, as long as that makes the whole cheaper.
+    """
+
+    def attempt(barred: Set[int]) -> tuple[float, Solution, list[Edge]]:
+        allowed = [edge for edge in reading if edge.gives[0] not in barred]
+        found = solve((*allowed, *edges), known, wanted)
+        program = [] if found.missing else found.program(wanted)
+        seconds = math.inf if found.missing else sum(edge.seconds for edge in program)
+        return seconds, found, [edge for edge in program if edge.label == "residual"]
+
+    barred: frozenset[int] = frozenset()
+    best = attempt(barred)
+    read = sorted(best[2], key=lambda edge: -edge.seconds)
+    heavy = [edge.gives[0] for edge in read if edge.seconds * SMALL >= read[0].seconds]
+    for value in heavy if len(heavy) > 1 else ():
+        leaner = attempt(barred | {value})
+        if leaner[0] < best[0]:
+            barred, best = barred | {value}, leaner
+    return best[1], tuple(edge.gives[0] for edge in best[2])
 
 
 def _spine_reads(analysis: Analysis, block: Block) -> set[int]:
