@@ -14,7 +14,8 @@ from .graph import Edge, Graph
 class Block:
     """A contiguous piece of the forward pass, and the backward edges that belong to it.
 
-    `live_in` and `live_out` are the forward values that cross its borders (inputs of the step apart), `demanded` the
+    `live_in` and `live_out` are the forward values that cross its borders (inputs of the step apart, and what only
+    mutations read), `demanded` the
     forward values that its backward edges read, `cotangents_in` those it receives from later blocks and
     `cotangents_out` those that it hands to earlier ones, `gradients` the results of the step that it produces.
     """
@@ -81,6 +82,13 @@ def _only_waiting(graph: Graph, chain: Sequence[Edge]) -> list[frozenset[int]]:
     return sets[::-1]
 
 
+def _only_for_effects(graph: Graph) -> frozenset[int]:
+    """Values that only a mutation behind the forward pass reads, as new running statistics: no block wants them."""
+    read = {value for edge in graph.edges if not edge.effect for value in edge.needs}
+    written = {value for edge in graph.stage_edges("forward") if edge.effect for value in edge.needs}
+    return frozenset(written - read - set(graph.output_values))
+
+
 def cut_positions(graph: Graph, chain: Sequence[Edge], live: Sequence[frozenset[int]]) -> list[int]:
     """One candidate between each two expensive operations, where the live set is smallest; local minima stay."""
     landmarks = [p for p, edge in enumerate(chain) if edge.expensive] or [
@@ -141,7 +149,8 @@ def split_blocks(graph: Graph, chain: Sequence[Edge], cuts: Iterable[int]) -> li
 def find_blocks(graph: Graph) -> tuple[Block, ...]:
     """Cut the step. Every forward, late and backward edge belongs to exactly one block."""
     chain = forward_chain(graph)
-    live = live_sets(graph, chain)
+    behind = _only_for_effects(graph)
+    live = [values - behind for values in live_sets(graph, chain)]
     cuts = cut_positions(graph, chain, live)
     pieces = split_blocks(graph, chain, cuts)
     borders = [0, *cuts, len(chain)]

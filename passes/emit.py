@@ -51,11 +51,34 @@ class Unreachable(Exception):
     """A value that the backward pass needs can be neither kept, recomputed nor solved for."""
 
 
-def block_solution(analysis: Analysis, block: Block, kept: Iterable[int] = ()) -> Solution:
-    """Solve a block's input values, and all that its backward pass reads, from its outputs."""
+@dataclass(frozen=True)
+class Inversion:
+    """How a block's inputs, and all that its backward pass reads, follow from its outputs and the kept `residuals`."""
+
+    solution: Solution
+    residuals: tuple[int, ...]
+    missing: tuple[int, ...]
+
+
+def block_inversion(analysis: Analysis, block: Block) -> Inversion:
+    """Solve a block backward; where its outputs alone do not say enough, with small values of it kept beside them."""
     edges = (*analysis.recover(block), *analysis.inverse[block.index])
-    known = {*block.live_out, *analysis.graph.static, *kept, *residue(analysis, block)}
-    return solve(edges, known, (*block.live_in, *block.demanded))
+    known = {*block.live_out, *analysis.graph.static, *residue(analysis, block)}
+    wanted = (*block.live_in, *block.demanded)
+    found = solve(edges, known, wanted)
+    if not found.missing:
+        return Inversion(found, (), ())
+    reading = [_reading(analysis.graph, value) for value in sorted(_small_values(analysis, block) - known)]
+    found, used = _leanest(edges, reading, known, wanted)
+    return Inversion(found, tuple(sorted(used)), found.missing)
+
+
+def _small_values(analysis: Analysis, block: Block) -> set[int]:
+    """What a block computes that is next to nothing beside its inputs: a mean, a norm, a scale."""
+    graph, charges = analysis.graph, analysis.charges
+    entering = sum(size for _, size in {charges[value] for value in block.live_in})
+    values = {value for edge in (*block.forward, *block.late) for value in edge.gives}
+    return {v for v in values - graph.static if graph.storage_bytes([v]) * SMALL <= entering}
 
 
 def residue(analysis: Analysis, block: Block) -> frozenset[int]:
@@ -216,8 +239,8 @@ class Facts:
             self._cache[kind, index] = function(self.analysis, self.analysis.blocks[index])
         return self._cache[kind, index]
 
-    def inversion(self, index: int) -> Solution:
-        return cast(Solution, self._once("inversion", index, block_solution))
+    def inversion(self, index: int) -> Inversion:
+        return cast(Inversion, self._once("inversion", index, block_inversion))
 
     def spine(self, index: int) -> Spine:
         return cast(Spine, self._once("spine", index, self._spine))
@@ -297,10 +320,13 @@ class BackwardEmitter:
         for index in reversed(segment.span):
             block = self.analysis.blocks[index]
             if segment.strategy == "invert":
-                found = self.facts.inversion(index)
-                self.routes.update(found.edge)
+                self._follow(self.facts.inversion(index).solution)
                 self.ensure(block.live_in, index)
             self._backward(block)
+
+    def _follow(self, solution: Solution) -> None:
+        """What the solution reads of kept values are arguments; the rest is computed as it says."""
+        self.routes.update({value: edge for value, edge in solution.edge.items() if edge.label != "residual"})
 
     def _nested(self, segment: Segment) -> None:
         """Forward again, holding only what the inner segments keep; then these, from last to first."""
@@ -332,8 +358,7 @@ class BackwardEmitter:
         before = set(self.builder.environment)
         for block in reversed(blocks):
             spine = self.facts.spine(block.index)
-            routes = spine.solution.edge.items()
-            self.routes.update({value: edge for value, edge in routes if edge.label != "residual"})
+            self._follow(spine.solution)
             self.ensure((*block.cotangents_out, *spine.fragments), block.index)
             leaving.update(spine.fragments)
         inside = (set(self.builder.environment) - before) | {*blocks[-1].cotangents_in}

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from moonwalk_compile import moonwalk_compile
 from moonwalk_compile.passes.graph import Ref
 from moonwalk_compile.passes.inverse import RULES, Call, Recipe
 
@@ -61,3 +66,120 @@ def test_half_precision_loses_no_more_than_its_rounding(dtype: torch.dtype) -> N
     found = solved(recipe, tensors, (g,))
     assert found.dtype == dtype
     assert (found - h).norm() / h.norm() < 2 * torch.finfo(dtype).eps
+
+
+# -- whole models ----------------------------------------------------------------------------------------------------
+
+WIDTH = 32
+
+
+class Apply(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class SpelledOut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.9, 1.1, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "batch_norm": lambda: nn.BatchNorm1d(WIDTH),
+    "layer_norm": lambda: nn.LayerNorm(WIDTH),
+    "group_norm": lambda: nn.GroupNorm(2, WIDTH),
+    "rms_norm": lambda: nn.RMSNorm(WIDTH, eps=1e-6),
+    "spelled out": SpelledOut,
+    "normalize": lambda: Apply(lambda x: F.normalize(x, dim=-1)),
+}
+
+
+def linear() -> nn.Module:
+    module = nn.Linear(WIDTH, WIDTH)
+    nn.init.orthogonal_(module.weight)
+    return module
+
+
+def chain(norm: Callable[[], nn.Module], between: Callable[[], nn.Module]) -> nn.Sequential:
+    """Two layers to a norm: of one alone, its input is all that plain backpropagation has to keep."""
+    blocks = [(linear(), between(), linear(), between(), norm()) for _ in range(4)]
+    return nn.Sequential(*(module for block in blocks for module in block))
+
+
+def convolutions() -> nn.Sequential:
+    def convolution() -> nn.Module:
+        module = nn.Conv2d(WIDTH, WIDTH, 1, bias=False)
+        nn.init.orthogonal_(module.weight)
+        return module
+
+    blocks = [(convolution(), nn.BatchNorm2d(WIDTH), nn.LeakyReLU(0.5)) for _ in range(4)]
+    return nn.Sequential(*(module for block in blocks for module in block))
+
+
+def three_steps(model: nn.Module, x: Tensor, strategies: tuple[str, ...], lowering: str = "eager") -> nn.Module:
+    """Train the compiled model and the model side by side: same gradients, same buffers."""
+    ours = moonwalk_compile(copy.deepcopy(model), strategies=strategies, lowering=lowering, max_slowdown=3)
+    weights = torch.linspace(0, 1, x[0].numel()).view(x.shape[1:])
+    for step in range(3):
+        for module in (ours, model):
+            module.zero_grad(set_to_none=True)
+            (module(x + 0.1 * step).square() * weights).mean().backward()
+        for mine, true in zip(ours.parameters(), model.parameters(), strict=True):
+            assert (mine.grad - true.grad).norm() <= 1e-4 * true.grad.norm()
+    for mine, true in zip(ours.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-5 if lowering == "inductor" else 0, atol=0)
+    return ours
+
+
+def strategies_of(model: nn.Module) -> set[str]:
+    return {segment.strategy for segment in model.plan.segments}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_moonwalk_through_a_norm(name: str) -> None:
+    torch.manual_seed(0)
+    model = chain(NORMS[name], lambda: Apply(torch.abs))
+    ours = three_steps(model, torch.randn(256, WIDTH), ("moonwalk", "keep"))
+    assert "moonwalk" in strategies_of(ours)
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "layer_norm", "group_norm", "rms_norm"])
+def test_a_norm_is_inverted_with_its_statistics_kept(name: str) -> None:
+    torch.manual_seed(0)
+    model = chain(NORMS[name], lambda: nn.LeakyReLU(0.5))
+    ours = three_steps(model, torch.randn(256, WIDTH), ("invert", "keep"))
+    assert "invert" in strategies_of(ours)
+
+
+def test_convolutions_with_batch_norm_keep_next_to_nothing() -> None:
+    torch.manual_seed(0)
+    model, x = convolutions(), torch.randn(8, WIDTH, 8, 8)
+    kept = three_steps(copy.deepcopy(model), x, ("keep",))
+    inverted = three_steps(model, x, ("keep", "checkpoint", "invert", "moonwalk"))
+    assert "invert" in strategies_of(inverted)
+    assert inverted.plan.peak_bytes < kept.plan.peak_bytes
+
+
+def test_a_weight_of_zero_is_not_inverted() -> None:
+    torch.manual_seed(0)
+    model = convolutions()
+    for module in model[1::3]:
+        nn.init.zeros_(module.weight)
+    ours = three_steps(model, torch.randn(8, WIDTH, 8, 8), ("keep", "invert", "moonwalk"))
+    assert strategies_of(ours) == {"keep"}
+
+
+@pytest.mark.slow
+def test_norms_under_inductor() -> None:
+    torch.manual_seed(0)
+    model = chain(NORMS["layer_norm"], lambda: Apply(torch.abs))
+    assert "moonwalk" in strategies_of(three_steps(model, torch.randn(256, WIDTH), ("moonwalk", "keep"), "inductor"))
+    x = torch.randn(8, WIDTH, 8, 8)
+    assert "invert" in strategies_of(three_steps(convolutions(), x, ("invert", "keep"), "inductor"))
