@@ -109,7 +109,7 @@ def linear() -> nn.Module:
 
 def chain(norm: Callable[[], nn.Module], between: Callable[[], nn.Module]) -> nn.Sequential:
     """Two layers to a norm: of one alone, its input is all that plain backpropagation has to keep."""
-    blocks = [(linear(), between(), linear(), between(), norm()) for _ in range(4)]
+    blocks = [(linear(), between(), linear(), between(), norm()) for _ in range(3)]
     return nn.Sequential(*(module for block in blocks for module in block))
 
 
@@ -119,18 +119,18 @@ def convolutions() -> nn.Sequential:
         nn.init.orthogonal_(module.weight)
         return module
 
-    blocks = [(convolution(), nn.BatchNorm2d(WIDTH), nn.LeakyReLU(0.5)) for _ in range(4)]
+    blocks = [(convolution(), nn.BatchNorm2d(WIDTH), nn.LeakyReLU(0.5)) for _ in range(3)]
     return nn.Sequential(*(module for block in blocks for module in block))
 
 
 def three_steps(model: nn.Module, x: Tensor, strategies: tuple[str, ...], lowering: str = "eager") -> nn.Module:
     """Train the compiled model and the model side by side: same gradients, same buffers."""
     ours = moonwalk_compile(copy.deepcopy(model), strategies=strategies, lowering=lowering, max_slowdown=3)
-    weights = torch.linspace(0, 1, x[0].numel()).view(x.shape[1:])
+    target = torch.randn_like(x)  # without one, the gradient in front of a norm would be nothing but rounding
     for step in range(3):
         for module in (ours, model):
             module.zero_grad(set_to_none=True)
-            (module(x + 0.1 * step).square() * weights).mean().backward()
+            (module(x + 0.1 * step) - target).square().mean().backward()
         for mine, true in zip(ours.parameters(), model.parameters(), strict=True):
             assert (mine.grad - true.grad).norm() <= 1e-4 * true.grad.norm()
     for mine, true in zip(ours.buffers(), model.buffers(), strict=True):
@@ -162,7 +162,7 @@ def test_convolutions_with_batch_norm_keep_next_to_nothing() -> None:
     torch.manual_seed(0)
     model, x = convolutions(), torch.randn(8, WIDTH, 8, 8)
     kept = three_steps(copy.deepcopy(model), x, ("keep",))
-    inverted = three_steps(model, x, ("keep", "checkpoint", "invert", "moonwalk"))
+    inverted = three_steps(model, x, ("keep", "invert", "moonwalk"))
     assert "invert" in strategies_of(inverted)
     assert inverted.plan.peak_bytes < kept.plan.peak_bytes
 
