@@ -127,7 +127,7 @@ def block_spine(analysis: Analysis, block: Block, fragments: Sequence[int] = ())
         *analysis.shortcuts[block.index],
         *analysis.fragments[block.index],
     )
-    reading = [_reading(graph, value) for value in {*(pack.kept for pack in packs), *reads}]
+    reading = [_reading(graph, value) for value in sorted({*(pack.kept for pack in packs), *reads})]
     known, wanted = {*block.cotangents_in, *graph.static}, (*block.cotangents_out, *fragments)
     found, used = _leanest(edges, reading, known, wanted)
     return Spine(found, tuple(sorted(used)), found.missing, tuple(fragments))

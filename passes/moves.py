@@ -207,7 +207,7 @@ class MoveMaker:
         else:
             if "invert" in self.strategies and self._inverts_for_nothing(index):
                 return None  # keeps more and computes more than inverting the same block
-            if not block.cotangents_out or self.facts.spine(index).missing or self.facts.sweep(index).missing:
+            if not block.cotangents_out or self.facts.sweep(index).missing or self.facts.spine(index).missing:
                 return None
             kept |= frozenset(self.facts.spine(index).residuals) | frozenset(block.live_in)
         segment = Segment(index, index, strategy, kept)
