@@ -134,7 +134,8 @@ def three_steps(model: nn.Module, x: Tensor, strategies: tuple[str, ...], loweri
         for mine, true in zip(ours.parameters(), model.parameters(), strict=True):
             assert (mine.grad - true.grad).norm() <= 1e-4 * true.grad.norm()
     for mine, true in zip(ours.buffers(), model.buffers(), strict=True):
-        torch.testing.assert_close(mine, true, rtol=1e-5 if lowering == "inductor" else 0, atol=0)
+        exact = lowering == "eager"  # Inductor sums in another order; a second update would change the second digit
+        torch.testing.assert_close(mine, true, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
     return ours
 
 
