@@ -14,7 +14,8 @@ from .graph import Edge, Graph
 class Block:
     """A contiguous piece of the forward pass, and the backward edges that belong to it.
 
-    `live_in` and `live_out` are the forward values that cross its borders (inputs of the step apart), `demanded` the
+    `live_in` and `live_out` are the forward values that cross its borders (inputs of the step apart, and what only
+    mutations read), `demanded` the
     forward values that its backward edges read, `cotangents_in` those it receives from later blocks and
     `cotangents_out` those that it hands to earlier ones, `gradients` the results of the step that it produces.
     """
@@ -68,14 +69,36 @@ def _inputs_still_read(graph: Graph, chain: Sequence[Edge]) -> list[set[int]]:
     return sets[::-1]
 
 
+def _only_waiting(graph: Graph, chain: Sequence[Edge]) -> list[frozenset[int]]:
+    """For each position, the values that are only wanted when the forward pass ends: new running statistics, outputs.
+
+    Wherever the step is cut behind them, they are alive: counted, each one would make all later cuts look wide.
+    """
+    idle = frozenset(value for edge in chain for value in edge.gives)
+    sets = [idle]
+    for edge in reversed(chain):
+        idle = idle.difference(edge.needs)
+        sets.append(idle)
+    return sets[::-1]
+
+
+def _only_for_effects(graph: Graph) -> frozenset[int]:
+    """Values that only a mutation behind the forward pass reads, as new running statistics: no block wants them."""
+    read = {value for edge in graph.edges if not edge.effect for value in edge.needs}
+    written = {value for edge in graph.stage_edges("forward") if edge.effect for value in edge.needs}
+    return frozenset(written - read - set(graph.output_values))
+
+
 def cut_positions(graph: Graph, chain: Sequence[Edge], live: Sequence[frozenset[int]]) -> list[int]:
     """One candidate between each two expensive operations, where the live set is smallest; local minima stay."""
     landmarks = [p for p, edge in enumerate(chain) if edge.expensive] or [
         p for p, e in enumerate(chain) if not e.is_view
     ]
     reading = _inputs_still_read(graph, chain)
+    waiting = _only_waiting(graph, chain)
     roots = [
-        {graph.values[value].storage for value in values} | inputs for values, inputs in zip(live, reading, strict=True)
+        {graph.values[value].storage for value in values - idle} | inputs
+        for values, idle, inputs in zip(live, waiting, reading, strict=True)
     ]
     size = [sum(graph.values[root].bytes for root in at) for at in roots]
     candidates = []
@@ -126,7 +149,8 @@ def split_blocks(graph: Graph, chain: Sequence[Edge], cuts: Iterable[int]) -> li
 def find_blocks(graph: Graph) -> tuple[Block, ...]:
     """Cut the step. Every forward, late and backward edge belongs to exactly one block."""
     chain = forward_chain(graph)
-    live = live_sets(graph, chain)
+    behind = _only_for_effects(graph)
+    live = [values - behind for values in live_sets(graph, chain)]
     cuts = cut_positions(graph, chain, live)
     pieces = split_blocks(graph, chain, cuts)
     borders = [0, *cuts, len(chain)]

@@ -194,11 +194,13 @@ class Certifier:
         return found
 
     def _wanted(self, chains: Iterable[Segment]) -> dict[int, set[int]]:
-        """What is to be kept of each block: where chains begin, and the residuals of spines."""
+        """What is to be kept of each block: where chains begin, and the residuals of inversions and spines."""
         wanted: dict[int, set[int]] = {}
         for segment in chains:
             if segment.strategy == "invert":
                 wanted.setdefault(segment.last, set()).update(self.analysis.blocks[segment.last].live_out)
+                for index in segment.span:
+                    wanted.setdefault(index, set()).update(self.facts.inversion(index).residuals)
                 continue
             if segment.first:
                 before = self.analysis.blocks[segment.first - 1].live_out
@@ -234,15 +236,17 @@ class Certifier:
 
     def _inversion(self, index: int, masks: State) -> _Link:
         block = self.analysis.blocks[index]
-        edges = self.facts.inversion(index).program(block.live_in)
+        inversion = self.facts.inversion(index)
+        edges = [edge for edge in inversion.solution.program(block.live_in) if edge.label != "residual"]
+        leaving = (*block.live_out, *inversion.residuals)  # what is kept of a block belongs to the point it is at
 
         def recover(state: State) -> State:
             reached = self.values.run(edges, {**masks, **state}, block.live_in)
             return _picked(block.live_in, reached, state)
 
         def apply(state: State, _: State) -> State:
-            reached = self.values.run(self._forward_edges(index), {**masks, **state}, block.live_out)
-            return _picked(block.live_out, reached, state)
+            reached = self.values.run(self._forward_edges(index), {**masks, **state}, leaving)
+            return _picked(leaving, reached, state)
 
         return _Link(index, recover, apply, block.live_in)
 

@@ -6,6 +6,7 @@ gives a value that is not at hand. Emission itself is the same for all of them, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,9 +14,11 @@ from typing import Any, cast
 from .analysis import Analysis
 from .blocks import Block
 from .drift import Drift, Watch
-from .graph import Edge, Operation, Ref
+from .graph import Edge, Graph, Operation, Ref
 from .inverse import WAITING_BYTES_PER_S, Solution, solve
 from .program import Builder, Program
+
+SMALL = 16  # a residual that is this many times smaller than what a block has anyway is not worth avoiding
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,34 @@ class Unreachable(Exception):
     """A value that the backward pass needs can be neither kept, recomputed nor solved for."""
 
 
-def block_solution(analysis: Analysis, block: Block, kept: Iterable[int] = ()) -> Solution:
-    """Solve a block's input values, and all that its backward pass reads, from its outputs."""
+@dataclass(frozen=True)
+class Inversion:
+    """How a block's inputs, and all that its backward pass reads, follow from its outputs and the kept `residuals`."""
+
+    solution: Solution
+    residuals: tuple[int, ...]
+    missing: tuple[int, ...]
+
+
+def block_inversion(analysis: Analysis, block: Block) -> Inversion:
+    """Solve a block backward; where its outputs alone do not say enough, with small values of it kept beside them."""
     edges = (*analysis.recover(block), *analysis.inverse[block.index])
-    known = {*block.live_out, *analysis.graph.static, *kept, *residue(analysis, block)}
-    return solve(edges, known, (*block.live_in, *block.demanded))
+    known = {*block.live_out, *analysis.graph.static, *residue(analysis, block)}
+    wanted = (*block.live_in, *block.demanded)
+    found = solve(edges, known, wanted)
+    if not found.missing:
+        return Inversion(found, (), ())
+    reading = [_reading(analysis.graph, value) for value in sorted(_small_values(analysis, block) - known)]
+    found, used = _leanest(edges, reading, known, wanted)
+    return Inversion(found, tuple(sorted(used)), found.missing)
+
+
+def _small_values(analysis: Analysis, block: Block) -> set[int]:
+    """What a block computes that is next to nothing beside its inputs: a mean, a norm, a scale."""
+    graph, charges = analysis.graph, analysis.charges
+    entering = sum(size for _, size in {charges[value] for value in block.live_in})
+    values = {value for edge in (*block.forward, *block.late) for value in edge.gives}
+    return {v for v in values - graph.static if graph.storage_bytes([v]) * SMALL <= entering}
 
 
 def residue(analysis: Analysis, block: Block) -> frozenset[int]:
@@ -96,30 +122,53 @@ def block_spine(analysis: Analysis, block: Block, fragments: Sequence[int] = ())
 
     On its way it takes the `fragments` that the block's sweep wants.
     """
-    graph = analysis.graph
-    packs = [
-        *analysis.signs[block.index],
-        *(analysis.packs[v] for v in _spine_reads(analysis, block) if v in analysis.packs),
-    ]
+    graph, reads = analysis.graph, _spine_reads(analysis, block)
+    packs = [*analysis.signs[block.index], *(analysis.packs[v] for v in reads if v in analysis.packs)]
     packs += [analysis.packs[v] for e in analysis.shortcuts[block.index] for v in e.needs if v in analysis.packs]
     packs = list({pack.kept: pack for pack in packs}.values())
-    readable = {*(pack.kept for pack in packs), *_spine_reads(analysis, block)}
-    reading = [
-        Edge((v,), (), (), (), "residual", seconds=graph.values[graph.values[v].storage].bytes / WAITING_BYTES_PER_S)
-        for v in readable
-    ]
     edges = (
-        *reading,
         *(pack.decode for pack in packs),
         *block.backward,
         *analysis.shortcuts[block.index],
         *analysis.fragments[block.index],
     )
-    wanted = (*block.cotangents_out, *fragments)
-    found = solve(edges, {*block.cotangents_in, *graph.static}, wanted)
-    residuals = [edge.gives[0] for edge in found.program(wanted)] if not found.missing else []
-    used = {value for value in residuals if found.edge[value].label == "residual"}
+    reading = [_reading(graph, value) for value in sorted({*(pack.kept for pack in packs), *reads})]
+    known, wanted = {*block.cotangents_in, *graph.static}, (*block.cotangents_out, *fragments)
+    found, used = _leanest(edges, reading, known, wanted)
     return Spine(found, tuple(sorted(used)), found.missing, tuple(fragments))
+
+
+def _reading(graph: Graph, value: int) -> Edge:
+    """Having a value of the forward pass at hand, at the price of its bytes."""
+    seconds = graph.values[graph.values[value].storage].bytes / WAITING_BYTES_PER_S
+    return Edge((value,), (), (), (), "residual", seconds=seconds)
+
+
+def _leanest(
+    edges: Sequence[Edge], reading: Sequence[Edge], known: Set[int], wanted: Sequence[int]
+) -> tuple[Solution, tuple[int, ...]]:
+    """The solution that reads little, and what it reads.
+
+    The engine weighs each path alone and does not see that two of them read different things. So it is asked again
+    without each of the heavier ones, as long as that makes the whole cheaper.
+    """
+
+    def attempt(barred: Set[int]) -> tuple[float, Solution, list[Edge]]:
+        allowed = [edge for edge in reading if edge.gives[0] not in barred]
+        found = solve((*allowed, *edges), known, wanted)
+        program = [] if found.missing else found.program(wanted)
+        seconds = math.inf if found.missing else sum(edge.seconds for edge in program)
+        return seconds, found, [edge for edge in program if edge.label == "residual"]
+
+    barred: frozenset[int] = frozenset()
+    best = attempt(barred)
+    read = sorted(best[2], key=lambda edge: -edge.seconds)
+    heavy = [edge.gives[0] for edge in read if edge.seconds * SMALL >= read[0].seconds]
+    for value in heavy if len(heavy) > 1 else ():
+        leaner = attempt(barred | {value})
+        if leaner[0] < best[0]:
+            barred, best = barred | {value}, leaner
+    return best[1], tuple(edge.gives[0] for edge in best[2])
 
 
 def _spine_reads(analysis: Analysis, block: Block) -> set[int]:
@@ -199,8 +248,8 @@ class Facts:
             self._cache[kind, index] = function(self.analysis, self.analysis.blocks[index])
         return self._cache[kind, index]
 
-    def inversion(self, index: int) -> Solution:
-        return cast(Solution, self._once("inversion", index, block_solution))
+    def inversion(self, index: int) -> Inversion:
+        return cast(Inversion, self._once("inversion", index, block_inversion))
 
     def spine(self, index: int) -> Spine:
         return cast(Spine, self._once("spine", index, self._spine))
@@ -292,8 +341,7 @@ class BackwardEmitter:
         for index in reversed(segment.span):
             block = self.analysis.blocks[index]
             if segment.strategy == "invert":
-                found = self.facts.inversion(index)
-                self.routes.update(found.edge)
+                self._follow(self.facts.inversion(index).solution)
                 self.ensure(block.live_in, index)
             if watched is not None and watched[0] == index:
                 self.builder.input(watched[1].kept)
@@ -315,6 +363,10 @@ class BackwardEmitter:
         self.builder.emit(watch.compare, max(segment.first - 1, 0))
         slot = self.builder.environment[watch.drift]
         self.drifts.append((Drift(segment.strategy, segment.first, segment.last), slot))
+
+    def _follow(self, solution: Solution) -> None:
+        """What the solution reads of kept values are arguments; the rest is computed as it says."""
+        self.routes.update({value: edge for value, edge in solution.edge.items() if edge.label != "residual"})
 
     def _nested(self, segment: Segment) -> None:
         """Forward again, holding only what the inner segments keep; then these, from last to first."""
@@ -351,8 +403,7 @@ class BackwardEmitter:
                 self.builder.emit(watched[1].sample, min(segment.last + 1, len(self.analysis.blocks) - 1))
                 leaving.add(watched[1].kept)
             spine = self.facts.spine(block.index)
-            routes = spine.solution.edge.items()
-            self.routes.update({value: edge for value, edge in routes if edge.label != "residual"})
+            self._follow(spine.solution)
             self.ensure((*block.cotangents_out, *spine.fragments), block.index)
             leaving.update(spine.fragments)
         inside = (set(self.builder.environment) - before) | {*blocks[-1].cotangents_in}

@@ -200,17 +200,23 @@ class MoveMaker:
         block = self.analysis.blocks[index]
         kept = self.residues[index]
         if strategy == "invert":
-            if not block.live_in or self.facts.inversion(index).missing:
+            inversion = self.facts.inversion(index)
+            if not block.live_in or inversion.missing:
                 return None
+            kept |= frozenset(inversion.residuals)
         else:
-            if "invert" in self.strategies and not self.missing("invert", index):
+            if "invert" in self.strategies and self._inverts_for_nothing(index):
                 return None  # keeps more and computes more than inverting the same block
-            if not block.cotangents_out or self.facts.spine(index).missing or self.facts.sweep(index).missing:
+            if not block.cotangents_out or self.facts.sweep(index).missing or self.facts.spine(index).missing:
                 return None
             kept |= frozenset(self.facts.spine(index).residuals) | frozenset(block.live_in)
         segment = Segment(index, index, strategy, kept)
         cost = self._cost(strategy, segment)
         return None if cost is None else (segment, cost)
+
+    def _inverts_for_nothing(self, index: int) -> bool:
+        inversion = self.facts.inversion(index)
+        return not inversion.missing and not inversion.residuals
 
     def _certificate(self, strategy: str, index: int) -> Certificate:
         return self.certificates.get((strategy, index), TRUSTED)

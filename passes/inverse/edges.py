@@ -16,13 +16,14 @@ from ..capture import Capture
 from ..cost import Device, edge_seconds
 from ..graph import Edge, Graph, Kind, Operation, Stage, refs_in
 from ..trace import storage_bytes, trace_operations
-from . import convolution, erasing, linear, pointwise, shape
+from . import convolution, erasing, linear, normalization, pointwise, shape
 from .orthogonal import orthogonal_values
+from .rank_one import find_rank_one
 from .regions import find_regions
 from .rule import Call, Recipe, Region, Rule
 from .spine import find_input_gradients
 
-FAMILIES = (pointwise, erasing, shape, linear, convolution)
+FAMILIES = (pointwise, erasing, shape, linear, convolution, normalization)
 RULES: dict[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
 CUSTOM: dict[str, Rule] = {}  # what users have registered, by qualified name
 WAITING_BYTES_PER_S = 1e9  # the price of what is kept for the spine, or between spine and sweep
@@ -272,6 +273,6 @@ def inverse_edges(
     numbers = count(len(capture.graph.values))
     inverter = _Inverter(capture, device, orthogonal, add_value or (lambda like, fake, suffix: next(numbers)))
     found = [inverse for edge in capture.graph.edges for inverse in inverter.of_edge(edge)]
-    regions = (*find_regions(capture), *find_input_gradients(capture))
+    regions = (*find_regions(capture), *find_rank_one(capture), *find_input_gradients(capture))
     found += [inverse for region in regions for inverse in inverter.of_region(region)]
     return tuple(found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,6 +67,10 @@ SHAPE = [
     Case("roll flat", lambda x: x.roll(2), "bn"),
     Case("expand", lambda x: x.expand(5, -1, 3, -1).exp(), "b1n", vijp=False),
     Case("sum", lambda x: x.sum(1), "bn", invert=False),
+    Case("sum of several", lambda x: x.sum((0, 2)), "bnk", invert=False),
+    Case("mean of all", lambda x: x.mean(), "bn", invert=False),
+    Case("cumsum", lambda x: x.cumsum(1), "bnk"),
+    Case("cumsum of the last", lambda x: x.cumsum(-1), "bn"),
     Case("mean", lambda x: x.mean(0, keepdim=True), "bn", invert=False),
     Case("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), "b8nk"),
     Case("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2), "bn46"),
@@ -197,6 +203,90 @@ ITERATED = [
 ]
 
 
+def _root_mean_square(x: Tensor, dims: tuple[int, ...], epsilon: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(dims, keepdim=True) + epsilon)
+
+
+def _first_alone(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The statistics are known as well, but nothing is differentiated through them."""
+    return (results[0], *(statistic.detach() for statistic in results[1:]))
+
+
+def _by_running_statistics(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    return F.batch_norm(x, mean.detach(), variance.detach().abs(), weight, bias, training=False, eps=0.1)
+
+
+def _functional(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    running = mean.detach(), variance.detach()
+    return _first_alone(aten._native_batch_norm_legit_functional(x, weight, bias, *running, True, 0.1, 1e-3)[:3])
+
+
+def _batch(x: Tensor, *affine: Tensor, epsilon: float = 1e-5) -> Tensor:
+    return F.batch_norm(x, None, None, *affine, training=True, eps=epsilon)
+
+
+def _group(x: Tensor, *affine: Tensor) -> tuple[Tensor, ...]:
+    batch, channels, *space = x.shape
+    weight, bias = affine or (None, None)
+    return torch.native_group_norm(x, weight, bias, batch, channels, math.prod(space), 2, 1e-3)
+
+
+# Without its statistics no normalization says what its input was.
+NORMALIZATION = [
+    Case("batch_norm", _batch, "wnkk n n", invert=False),
+    Case("batch_norm of vectors", _batch, "wn n n", invert=False),
+    Case("batch_norm, not affine", _batch, "wnk", invert=False),
+    Case("batch_norm, large epsilon", lambda x, w: _batch(x, w, epsilon=10.0), "wn3kk n", invert=False),
+    Case("batch_norm, channels last", lambda x, w: _batch(x.to(memory_format=torch.channels_last), w), "wnkk n", False),
+    Case(
+        "batch_norm and its statistics",
+        lambda x, w, b: _first_alone(aten._native_batch_norm_legit(x, w, b, True, 0.1, 1e-3)),
+        "wnk n n",
+    ),
+    Case("batch_norm and running statistics", _functional, "wnkk n n n n"),
+    Case("batch_norm, not training", _by_running_statistics, "bnkk n n n n"),
+    Case("batch_norm, not training, not affine", _by_running_statistics, "bn n n"),
+    Case("layer_norm", lambda x, w, b: F.layer_norm(x, w.shape, w, b), "bkn n n", invert=False),
+    Case("layer_norm over two dimensions", lambda x, w, b: F.layer_norm(x, w.shape, w, b, 1.0), "bnw nw nw", False),
+    Case("layer_norm, no bias", lambda x, w: F.layer_norm(x, w.shape, w), "bn n", invert=False),
+    Case("layer_norm, not affine", lambda x: F.layer_norm(x, x.shape[-1:]), "bkn", invert=False),
+    Case("layer_norm of one element", lambda x: F.layer_norm(x, (1,)), "bn1", invert=False),
+    Case(
+        "layer_norm and its statistics",
+        lambda x, w, b: _first_alone(torch.native_layer_norm(x, w.shape, w, b, 1e-3)),
+        "bkn n n",
+    ),
+    Case("group_norm", lambda x, *affine: _group(x, *affine)[0], "b4kk 4 4", invert=False),
+    Case("group_norm, not affine", lambda x: _group(x)[0], "b6", invert=False),
+    Case(
+        "group_norm, channels last",
+        lambda x, *affine: _group(x.to(memory_format=torch.channels_last), *affine)[0],
+        "b6kk 6 6",
+        False,
+    ),
+    Case("group_norm and its statistics", lambda x, *affine: _first_alone(_group(x, *affine)), "b6k 6 6"),
+    Case("instance_norm", lambda x, w, b: F.instance_norm(x, weight=w, bias=b), "bnw n n", invert=False),
+    Case("rms_norm", lambda x, w: F.rms_norm(x, w.shape, w, 1e-3), "bkn n", invert=False),
+    Case("rms_norm over two dimensions", lambda x, w: F.rms_norm(x, w.shape, w, 1.0), "bnw nw", invert=False),
+    Case("rms_norm spelled out", lambda x, w: w * _root_mean_square(x, (-1,), 1e-3), "bkn n", invert=False),
+    Case("rms_norm over the first", lambda x: _root_mean_square(x, (0, 1), 1.0), "bnk", invert=False),
+    Case("rms_norm of x times x", lambda x: x * (x * x).mean(1, keepdim=True).add(1).rsqrt(), "bnk", invert=False),
+    Case(
+        "rms_norm beside others", lambda x, p: torch.cat([_root_mean_square(x, (1,), 1), x + p], 1), "bn n", vijp=False
+    ),
+    Case("a norm that sums", lambda x: x * x.square().sum(1, keepdim=True).add(1).rsqrt(), "bn", False, False),
+    Case("normalize", F.normalize, "bn", invert=False),
+    Case("normalize the first dimension", lambda x: F.normalize(x, dim=0), "wnk", invert=False),
+    Case("normalize, clamped for some", lambda x: F.normalize(x, eps=1.5), "wn", invert=False),
+    Case("normalize by another norm", lambda x: F.normalize(x, p=3), "bn", False, False),
+    Case("log_softmax", lambda x: F.log_softmax(x, -1), "bkn", invert=False),
+    Case("softmax", lambda x: F.softmax(x, 1), "bnk", invert=False),
+    Case("attention by given probabilities", lambda p, v: torch.bmm(p, v), "bkw bwm", invert=False),
+    Case("linear and layer_norm", lambda x, w: F.layer_norm((x @ w).abs(), w.shape[1:]) @ w, "bkn nn", invert=False),
+]
+
 REFUSED = [
     Case("sin", torch.sin, "bn", invert=False),
     Case("cos", torch.cos, "bn", invert=False),
@@ -318,4 +408,19 @@ COMPOSITE = [
     Case("nested", lambda x, u, d, w: F.leaky_relu(_additive(x, u, d) @ w, 0.3).sinh(), "b8 46 64 88"),
 ]
 
-CASES = [*POINTWISE, *ERASING, *SHAPE, *LINEAR, *CONVOLUTION, *STRIDED, *FRAGMENTS, *ITERATED, *REFUSED, *COMPOSITE]
+# What a CPU never runs in one operation; tested in test_normalization.py.
+ON_OTHER_DEVICES = {"_fused_rms_norm", "_fused_rms_norm_backward"}
+
+CASES = [
+    *POINTWISE,
+    *ERASING,
+    *SHAPE,
+    *LINEAR,
+    *CONVOLUTION,
+    *STRIDED,
+    *FRAGMENTS,
+    *ITERATED,
+    *NORMALIZATION,
+    *REFUSED,
+    *COMPOSITE,
+]

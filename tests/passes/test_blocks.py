@@ -202,3 +202,23 @@ def test_a_shared_constant_crosses_no_border():
     constants = [edge for edge in capture.graph.edges if edge.label == "eye"]
     assert len(constants) == 1
     assert all(len(block.live_out) == 1 for block in find_blocks(capture.graph))
+
+
+def test_what_waits_for_the_end_does_not_hide_the_cuts():
+    """Each layer leaves new running statistics, which a mutation behind the forward pass reads, and an output."""
+    hand = Hand()
+    value, w = hand.input("x", 8), hand.input("w", 1, "parameter")
+    running = [hand.input(f"running{i}", 2, "buffer") for i in range(4)]
+    hand.input("h", 8, "tangent")
+    statistics, outputs = [], []
+    for _ in running:
+        value = hand.call("mm", [value, w], 8, expensive=True)
+        statistics.append(hand.call("mean", [value], 2))
+        outputs.append(hand.call("copy", [value], 3))
+    for target, new in zip(running, statistics, strict=True):
+        hand.call("copy_", [target, new], effect=True)
+    blocks = find_blocks(hand.graph([value, *outputs], [], mutated=running))
+    assert [block.forward[0].label for block in blocks] == ["mm"] * 4
+    borders = {value for block in blocks for value in (*block.live_in, *block.live_out)}
+    assert borders.isdisjoint(statistics)
+    assert borders >= set(outputs)
