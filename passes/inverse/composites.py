@@ -79,7 +79,7 @@ def _is_elementwise(graph: Graph, edge: Edge | None) -> bool:
     if edge is None or edge.label not in LINEAR or len(edge.operations) != 1 or len(edge.gives) != 1:
         return False
     operation, places = edge.operations[0], LINEAR[edge.label]
-    if edge.label == "div" and operation.kwargs or edge.label == "masked_fill" and operation.args[2] != 0:
+    if (edge.label == "div" and operation.kwargs) or (edge.label == "masked_fill" and operation.args[2] != 0):
         return False
     alike = {(graph.values[v].shape, graph.values[v].dtype) for v in (*edge.gives, *_cotangents(graph, edge))}
     linear = {a.slot for place in places if isinstance(a := operation.args[place], Ref)}
@@ -114,7 +114,7 @@ def _chain(graph: Graph, root: Edge) -> _Chain | None:
         edges.append(edge)
         open_values.remove(latest)
         open_values.update(_cotangents(graph, edge))
-    return _Chain(*open_values, root.gives[0], tuple(edges[::-1])) if open_values else None
+    return _Chain(open_values.pop(), root.gives[0], tuple(edges[::-1])) if open_values else None
 
 
 def _solved(graph: Graph, roots: Sequence[Edge]) -> Iterator[Region]:
@@ -142,20 +142,24 @@ def _steps(graph: Graph, source: int, chains: Sequence[_Chain]) -> tuple[tuple[i
     reads = tuple(dict.fromkeys(v for chain in chains for edge in chain.edges for v in edge.needs if v not in own))
     if any(graph.values[value].stage == "backward" for value in reads):
         return None
-    described = []
-    for chain in chains:
-        slots = {value: slot for slot, value in enumerate((source, *reads))}
-        calls = []
-        for edge in chain.edges:
-            operation = edge.operations[0]
-            args, kwargs = map_refs(
-                (tuple(operation.args), dict(operation.kwargs)), lambda ref, e=edge: Ref(slots[e.needs[ref.slot]])
-            )
-            calls.append((operation.target, args, tuple(sorted(kwargs.items()))))
-            slots[edge.gives[0]] = len(slots)
-        described.append(tuple(calls))
-    steps = tuple(described)
+    steps = tuple(_calls(chain, (source, *reads)) for chain in chains)
     return (reads, steps) if _is_hashable(steps) else None
+
+
+def _calls(chain: _Chain, inputs: Sequence[int]) -> tuple[Step, ...]:
+    slots = {value: slot for slot, value in enumerate(inputs)}
+    calls: list[Step] = []
+    for edge in chain.edges:
+        operation = edge.operations[0]
+        places = [slots[value] for value in edge.needs]
+        args, kwargs = _placed((tuple(operation.args), dict(operation.kwargs)), [Ref(place) for place in places])
+        calls.append((operation.target, args, tuple(sorted(kwargs.items()))))
+        slots[edge.gives[0]] = len(slots)
+    return tuple(calls)
+
+
+def _placed(tree: Any, items: Sequence[Any]) -> Any:
+    return map_refs(tree, lambda ref: items[ref.slot])
 
 
 def _is_hashable(steps: tuple[Any, ...]) -> bool:
@@ -170,8 +174,8 @@ def _derivatives(steps: Sequence[Sequence[Step]], like: Tensor, reads: Sequence[
     for calls in steps:
         slots = [torch.ones_like(like), *reads]
         for operator, args, kwargs in calls:
-            filled = map_refs((args, dict(kwargs)), lambda ref, s=slots: s[ref.slot])
-            slots.append(operator(*filled[0], **filled[1]))
+            filled, named = _placed((args, dict(kwargs)), slots)
+            slots.append(operator(*filled, **named))
         found.append(slots[-1])
     return found
 

@@ -170,8 +170,8 @@ class _Inverter:
             needs = region.needs + tuple(value for edge in taken for value in edge.gives)
             kind: Kind = "inverse" if region.inverse else "forward"
             yield from taken
-            solved = Edge(region.gives, needs, operations, results, region.label, kind)
-            yield self._finish(solved, fragment, region.fragile)
+            edge = Edge(region.gives, needs, operations, results, region.label, kind)
+            yield self._finish(edge, fragment, region.fragile)
 
     def _are_cotangents(self, values: Sequence[int]) -> bool:
         return all(self.capture.graph.values[value].stage == "backward" for value in values)

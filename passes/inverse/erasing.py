@@ -247,9 +247,7 @@ RULES: dict[str, Rule] = {
     "hardtanh_backward": _erasing(
         lambda call: _outside(*_constants(call)[:2]), lambda call: normal_part(*_constants(call)[:2])
     ),
-    "hardsigmoid_backward": _erasing(
-        lambda call: _outside(-3, 3), lambda call: normal_part(-3, 3), _divided
-    ),
+    "hardsigmoid_backward": _erasing(lambda call: _outside(-3, 3), lambda call: normal_part(-3, 3), _divided),
     "hardswish_backward": _rising(-0.9, 0.2),
     "gelu_backward": _rising(-0.396, 0.37),
     "silu_backward": _rising(-0.6415, 0.28),

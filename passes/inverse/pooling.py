@@ -152,9 +152,10 @@ def scatter(call: Call) -> Iterator[Recipe]:
     """The gradient of a maximum along a dimension: one place for each cotangent, where it is found again."""
     index, source = call.tensor(2), call.tensor(3)
     dim = call.args[1]
-    if index is not None and source is not None and index.dim() and not call.kwargs:
-        if index.shape == source.shape and index.shape[dim] == 1 and source.dtype == call.tensors[0].dtype:
-            yield Recipe((call.args[3].slot,), lambda y, i: y.gather(dim, i), (call.args[2].slot,))
+    if index is None or source is None or not index.dim() or call.kwargs:
+        return
+    if index.shape == source.shape and index.shape[dim] == 1 and source.dtype == call.tensors[0].dtype:
+        yield Recipe((call.args[3].slot,), lambda y, i: y.gather(dim, i), (call.args[2].slot,))
 
 
 RULES: dict[str, Rule] = {
