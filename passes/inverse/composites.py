@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any, Protocol
 
 import torch
@@ -54,7 +54,7 @@ def find_composites(reader: Reader) -> Iterator[Region]:
     for value, uses in reader.uses.items():
         if graph.values[value].stage == "backward":
             products = [edge for edge in uses if edge.label == "mul" and _is_elementwise(graph, edge)]
-            for pair in list(combinations(products, 2))[:4]:
+            for pair in islice(combinations(products, 2), 4):
                 yield from _solved(graph, pair)
 
 

@@ -21,9 +21,9 @@ from ..graph import Ref, map_refs, refs_in
 from .pointwise import is_nonzero, solvable
 from .rule import Call, Recipe, Rule
 
-SMALL = 0.2  # derivatives below this part of the largest are not divided by: GELU then keeps 35%, at a growth of 1.02
-FAINT = 0.4  # of a derivative of unknown scale: below this part of its root mean square
-FAINT_PART = (0.35, 0.17)  # how much that is of one factor, and of two together
+SMALL = 0.3  # derivatives below this part of the largest are not divided by: GELU then keeps 40%, at a growth of 0.80
+FAINT = 0.5  # of a derivative of unknown scale: below this part of its root mean square
+FAINT_PART = (0.42, 0.24)  # how much that is of one factor, and of two together
 FLAT = 0.45  # a slope below this is as good as zero: dividing by it would double the noise
 
 Marks = Callable[..., Tensor]  # from what a call reads beside its cotangent: bits that say where that is erased
@@ -225,9 +225,9 @@ def _rising(limit: float, expected: float) -> Rule:
     return _erasing(lambda call: _below(limit), lambda call: expected, _divided)
 
 
-def _elu(call: Call) -> Marks:
-    slope, (_, scale, *_) = derivative(call), _constants(call)
-    return lambda *read: pack_bits(slope(*read), -math.inf, SMALL * scale)
+def _faintly(call: Call) -> Marks:
+    slope = derivative(call)
+    return lambda *read: faint(slope(*read).square())
 
 
 def _increasing(rule: Rule, positive: int) -> Rule:
@@ -248,10 +248,10 @@ RULES: dict[str, Rule] = {
         lambda call: _outside(*_constants(call)[:2]), lambda call: normal_part(*_constants(call)[:2])
     ),
     "hardsigmoid_backward": _erasing(lambda call: _outside(-3, 3), lambda call: normal_part(-3, 3), _divided),
-    "hardswish_backward": _rising(-0.9, 0.2),
-    "gelu_backward": _rising(-0.396, 0.37),
-    "silu_backward": _rising(-0.6415, 0.28),
-    "mish_backward": _rising(-0.6683, 0.27),
+    "hardswish_backward": _rising(-0.6, 0.29),
+    "gelu_backward": _rising(-0.2562, 0.42),
+    "silu_backward": _rising(-0.4113, 0.36),
+    "mish_backward": _rising(-0.4815, 0.34),
     "leaky_relu_backward": leaky_relu_backward,
     "_prelu_kernel_backward": prelu_backward,
     "native_dropout_backward": dropout_backward,
@@ -259,7 +259,7 @@ RULES: dict[str, Rule] = {
     "where": where,
     "masked_fill": masked_fill,
     "tanh_backward": _erasing(
-        lambda call: lambda y: pack_bits(y.abs() > math.sqrt(1 - SMALL)), lambda call: 0.2, _divided, bounded=True
+        lambda call: lambda y: pack_bits(y.abs() > math.sqrt(1 - SMALL)), lambda call: 0.25, _divided, bounded=True
     ),
     "sigmoid_backward": _erasing(
         lambda call: lambda y: pack_bits((y - 0.5).abs() > math.sqrt(1 - SMALL) / 2),
@@ -269,11 +269,11 @@ RULES: dict[str, Rule] = {
     ),
     "softplus_backward": _increasing(
         _erasing(
-            lambda call: _below(math.log(SMALL / (1 - SMALL)) / call.args[2]), lambda call: 0.1, _divided, bounded=True
+            lambda call: _below(math.log(SMALL / (1 - SMALL)) / call.args[2]), lambda call: 0.22, _divided, bounded=True
         ),
         positive=1,
     ),
-    "elu_backward": _increasing(_erasing(_elu, lambda call: 0.1, _divided, bounded=True), positive=3),
+    "elu_backward": _increasing(_erasing(_faintly, lambda call: 0.2, _divided, bounded=True), positive=3),
     "log_sigmoid_backward": _erasing(
         lambda call: lambda x, *_: pack_bits(x, -math.log(SMALL / (1 - SMALL)), math.inf),
         lambda call: 0.1,
