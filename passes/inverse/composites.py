@@ -21,9 +21,10 @@ from ..graph import Edge, Graph, Ref, map_refs
 from . import erasing
 from .rule import Region
 
+SEVERAL = ("_prelu_kernel_backward", "glu_backward")  # not from one element to one
 # By operation, the arguments in which it is linear and elementwise.
 LINEAR = {
-    **{name: (0,) for name in erasing.RULES if name.endswith("_backward") and name != "_prelu_kernel_backward"},
+    **{name: (0,) for name in erasing.RULES if name.endswith("_backward") and name not in SEVERAL},
     **dict.fromkeys("add sub mul".split(), (0, 1)),
     **dict.fromkeys("neg div masked_fill zeros_like".split(), (0,)),
     "where": (1, 2),
@@ -78,16 +79,30 @@ def _is_elementwise(graph: Graph, edge: Edge | None) -> bool:
     """Linear in its cotangents, element by element: all of one shape and type, without broadcasting of any."""
     if edge is None or edge.label not in LINEAR or len(edge.operations) != 1 or len(edge.gives) != 1:
         return False
-    operation, places = edge.operations[0], LINEAR[edge.label]
-    if (edge.label == "div" and operation.kwargs) or (edge.label == "masked_fill" and operation.args[2] != 0):
-        return False
     alike = {(graph.values[v].shape, graph.values[v].dtype) for v in (*edge.gives, *_cotangents(graph, edge))}
-    linear = {a.slot for place in places if isinstance(a := operation.args[place], Ref)}
+    return len(alike) == 1 and _is_linear(graph, edge)
+
+
+def _is_linear(graph: Graph, edge: Edge) -> bool:
+    """Cotangents stand in `LINEAR` places only, once in a product, and sums and selections have nothing else there."""
+    operation = edge.operations[0]
     read = {slot for slot, value in enumerate(edge.needs) if graph.values[value].stage == "backward"}
-    homogeneous = edge.label not in ("add", "sub") or all(
-        isinstance(a, Ref) and a.slot in read for a in operation.args[:2]
-    )
-    return len(alike) == 1 and read <= linear and homogeneous
+    places = [operation.args[place] for place in LINEAR[edge.label]]
+    linear = [isinstance(place, Ref) and place.slot in read for place in places]
+    if not read <= {place.slot for place in places if isinstance(place, Ref)}:
+        return False
+    if edge.label in ("add", "sub"):
+        return all(linear)
+    if edge.label == "where":
+        return all(one or _is_zero(graph, edge, place) for one, place in zip(linear, places, strict=True))
+    if edge.label == "masked_fill":
+        return bool(operation.args[2] == 0)
+    return sum(linear) == 1 and not (edge.label == "div" and operation.kwargs)
+
+
+def _is_zero(graph: Graph, edge: Edge, place: Any) -> bool:
+    made = graph.definition.get(edge.needs[place.slot]) if isinstance(place, Ref) else None
+    return made is not None and made.label == "scalar_tensor" and made.operations[0].args[0] == 0
 
 
 def _cotangents(graph: Graph, edge: Edge) -> list[int]:
