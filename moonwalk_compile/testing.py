@@ -38,8 +38,8 @@ def check_rule(
     Args:
         arguments: x, then the parameters; they are taken in double precision.
         invert: x must follow from the result and the parameters; with False it must be refused.
-        vijp: the cotangent of the result must follow from that of x, x, the parameters and the fragments that rules
-            keep of cotangents; or be refused.
+        vijp: the cotangent of the result must follow from that of x, x, the parameters, what was drawn at random, and
+            the fragments that rules keep of cotangents; or be refused.
 
     Returns the names of the operations and inverses that were used. Raises AssertionError.
     """
@@ -52,7 +52,8 @@ def check_rule(
     x, parameters = graph.primals[0], graph.primals[1:]
     fragments = take_fragments(edges, truth)
     used = check_reached(edges, truth, [*graph.output_values, *parameters], [x], invert)
-    known = [*graph.primals, graph.gradients[0].slot, *fragments]
+    drawn = [value for edge in graph.edges if edge.random for value in edge.gives]
+    known = [*graph.primals, graph.gradients[0].slot, *fragments, *drawn]
     return used | check_reached(edges, {**truth, **fragments}, known, graph.tangents, vijp)
 
 

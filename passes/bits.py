@@ -7,7 +7,7 @@ packing: a mask that Inductor writes on a CPU costs more than a matrix product.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -21,6 +21,7 @@ _library.define("take_marked(Tensor source, Tensor marks, float expected) -> Ten
 _library.define("put_marked(Tensor target, Tensor marks, Tensor taken) -> Tensor")
 _library.define("unpack_two(Tensor packed, SymInt[] size, float high, float low, ScalarType dtype) -> Tensor")
 
+PIECE = 1 << 16  # elements
 _GATHER = 0x0102040810204080  # times a word of eight 0/1 bytes: the top byte is the eight bits
 
 
@@ -54,17 +55,38 @@ def _unpack(packed: Tensor, size: Sequence[int], high: float, low: float, dtype:
     return rows.view(-1)[: math.prod(size)].view(list(size))
 
 
+def _pieces(marks: Tensor, count: int) -> Iterator[tuple[slice, Tensor]]:
+    """Which elements are marked, piece by piece: on a CPU, indexing by a mask takes 8 bytes per chosen element."""
+    size = PIECE if marks.device.type == "cpu" else max(count, 1)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        packed = marks[start // 8 : (stop + 7) // 8]
+        yield slice(start, stop), _unpack(packed, [stop - start], 1, 0, torch.uint8).view(torch.bool)
+
+
 def _take_marked(source: Tensor, marks: Tensor, expected: float) -> Tensor:
     """The marked elements (a bit each), in order. How many they are is known at run time only: the planner counts
     with the `expected` part of all."""
-    return source.reshape(-1)[_unpack(marks, [source.numel()], 1, 0, torch.uint8).bool()]
+    flat = source.reshape(-1)
+    taken, end = source.new_empty(_count(marks, flat.numel())), 0
+    for where, chosen in _pieces(marks, flat.numel()):
+        part = flat[where][chosen]
+        taken[end : end + len(part)] = part
+        end += len(part)
+    return taken
+
+
+def _count(marks: Tensor, count: int) -> int:
+    return sum(int(chosen.sum()) for _, chosen in _pieces(marks, count))
 
 
 def _put_marked(target: Tensor, marks: Tensor, taken: Tensor) -> Tensor:
     """`target` with its marked elements replaced by those that were taken."""
-    chosen = _unpack(marks, [target.numel()], 1, 0, torch.uint8).bool()
-    flat = target.clone(memory_format=torch.contiguous_format).view(-1)
-    return flat.masked_scatter_(chosen, taken).view(target.shape)
+    flat, end = target.clone(memory_format=torch.contiguous_format).view(-1), 0
+    for where, chosen in _pieces(marks, flat.numel()):
+        flat[where].masked_scatter_(chosen, taken[end:])
+        end += int(chosen.sum())
+    return flat.view(target.shape)
 
 
 def _strict_sign(source: Tensor) -> Tensor:

@@ -16,16 +16,17 @@ from ..capture import Capture
 from ..cost import Device, edge_seconds
 from ..graph import Edge, Graph, Kind, Operation, Stage, refs_in
 from ..trace import storage_bytes, trace_operations
-from . import convolution, erasing, linear, normalization, pointwise, shape
+from . import convolution, erasing, linear, normalization, pointwise, pooling, shape
 from .orthogonal import orthogonal_values
 from .rank_one import find_rank_one
 from .regions import find_regions
 from .rule import Call, Recipe, Region, Rule
 from .spine import find_input_gradients
 
-FAMILIES = (pointwise, erasing, shape, linear, convolution, normalization)
+FAMILIES = (pointwise, erasing, pooling, shape, linear, convolution, normalization)
 RULES: dict[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
 CUSTOM: dict[str, Rule] = {}  # what users have registered, by qualified name
+FRAGILE_SECONDS = 1e3  # the price of a fragile recipe: above that of any sturdy one
 WAITING_BYTES_PER_S = 1e9  # the price of what is kept for the spine, or between spine and sweep
 
 
@@ -155,7 +156,7 @@ class _Inverter:
             needs += tuple(value for fragment in taken for value in fragment.gives)
             solved = Edge(gives, needs, traced.operations, traced.results, label, "inverse", source=edge.source)
             yield from taken
-            yield self._finish(replace(solved, sequence=edge.sequence), traced.fragment)
+            yield self._finish(replace(solved, sequence=edge.sequence), traced.fragment, recipe.fragile)
 
     def of_region(self, region: Region) -> Iterator[Edge]:
         fakes = [self.capture.fake(value) for value in region.needs]
@@ -172,7 +173,8 @@ class _Inverter:
             needs = region.needs + tuple(value for edge in taken for value in edge.gives)
             kind: Kind = "inverse" if region.inverse else "forward"
             yield from taken
-            yield self._finish(Edge(region.gives, needs, operations, results, region.label, kind), fragment)
+            edge = Edge(region.gives, needs, operations, results, region.label, kind)
+            yield self._finish(edge, fragment, region.fragile)
 
     def _are_cotangents(self, values: Sequence[int]) -> bool:
         return all(self.capture.graph.values[value].stage == "backward" for value in values)
@@ -194,13 +196,14 @@ class _Inverter:
         edge = Edge(gives, needs, operations, results, f"fragment of {label}", "fragment", "backward")
         return [replace(edge, seconds=edge_seconds(edge, self.device))]
 
-    def _finish(self, edge: Edge, fragment: _Fragment = _Fragment()) -> Edge:
+    def _finish(self, edge: Edge, fragment: _Fragment, fragile: bool) -> Edge:
         """Bytes that wait from the spine to the sweep count as time, as those of residuals do (`emit.block_spine`)."""
         values = self.capture.graph.values
         stages = {values[value].stage for value in (*edge.gives, *edge.needs) if value < len(values)}
         stage: Stage = "backward" if "backward" in stages else "forward"
         waiting = sum(storage_bytes(fake) for fake in fragment.fakes) / WAITING_BYTES_PER_S
-        return replace(edge, stage=stage, seconds=edge_seconds(edge, self.device) + waiting)
+        price = FRAGILE_SECONDS if fragile else 0.0
+        return replace(edge, stage=stage, seconds=edge_seconds(edge, self.device) + waiting + price)
 
     def _traced(self, edge: Edge) -> tuple[_Traced, ...]:
         rule = RULES.get(edge.label) or CUSTOM.get(edge.label)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..capture import Capture
 from ..graph import Edge, Graph, Ref
+from .composites import find_composites, find_softsigns
+from .pooling import shape_only
 from .rule import Region
 
 Step = tuple[int, slice | int]  # one slice or selection along a dimension
@@ -28,6 +30,14 @@ def find_regions(capture: Capture) -> Iterator[Region]:
     yield from _disjoint_sums(reader)
     yield from _maxmins(reader)
     yield from _sorts(reader)
+    yield from _maxima(reader)
+    yield from find_softsigns(reader)
+    yield from find_composites(reader)
+    for edge in capture.graph.edges:
+        if edge.label.endswith(("pool2d_backward", "pool3d_backward", "with_indices_backward")):
+            region = shape_only(edge, reader.shape(edge.gives[0]))
+            if region is not None:
+                yield region
 
 
 class Reader:
@@ -365,6 +375,19 @@ def _do_maxmin(count: int, p: Tensor, q: Tensor, mask: Tensor, *others: Tensor) 
     return sum(others[:count], a), sum(others[count:], b)
 
 
+def _maxima(reader: Reader) -> Iterator[Region]:
+    """The cotangent of max(a, b), or of min(a, b), from what both sides get of it: their sum, also where they tie."""
+    first: dict[tuple[int, int, int], int] = {}
+    for edge in reader.edges("masked_fill"):
+        term = _masked(reader, edge.gives[0])
+        if term is None:
+            continue
+        other = first.setdefault(term.opposite, edge.gives[0])
+        if other != edge.gives[0]:
+            yield Region((term.cotangent,), (other, *edge.gives), partial(torch.add), "inverse of a maximum")
+        first.setdefault(term.key, edge.gives[0])
+
+
 # -- sort ----------------------------------------------------------------------------------------------------------
 
 
@@ -372,10 +395,10 @@ def _sorts(reader: Reader) -> Iterator[Region]:
     """The gradient of `sort` scatters by a permutation: gather undoes it."""
     for edge in reader.edges("scatter"):
         target, index, source = (reader.value(edge, i) for i in (0, 2, 3))
-        order = reader.made_by(index, "sort")
+        order = reader.made_by(index, "sort", "topk")
         if order is None or target is None or index is None or source is None or edge.operations[0].kwargs:
             continue
-        if len({reader.shape(value) for value in (target, index, source)}) != 1 or not reader.shape(index):
+        if reader.shape(source) != reader.shape(index) or not reader.shape(index):
             continue
         dim = reader.args(edge)[1] % len(reader.shape(index))
         if index == order.gives[-1] and _sorted_dim(reader, order) == dim:
@@ -384,7 +407,8 @@ def _sorts(reader: Reader) -> Iterator[Region]:
 
 def _sorted_dim(reader: Reader, order: Edge) -> int:
     operation = order.operations[0]
-    dim = operation.kwargs.get("dim", operation.args[1] if len(operation.args) > 1 else -1)
+    place = 2 if order.label == "topk" else 1
+    dim = operation.kwargs.get("dim", operation.args[place] if len(operation.args) > place else -1)
     return int(dim) % len(reader.shape(order.needs[0]))
 
 

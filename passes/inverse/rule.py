@@ -54,6 +54,8 @@ class Recipe:
     What the operation erases of `solves` may be kept as a *fragment* (of a cotangent only, while the spine has it):
     `fragment(*solves, *fragment_reads)` returns a tuple of tensors, and `function` takes them behind its `reads`.
     Where the call itself may be given a bit per element of an argument (see `Packing`), the fragment may be too.
+
+    A *fragile* recipe divides by what may vanish among ordinary activations: any other way is taken before it.
     """
 
     solves: tuple[int, ...]
@@ -63,6 +65,7 @@ class Recipe:
     note: str = ""
     fragment: Callable[..., tuple[Tensor, ...]] | None = None
     fragment_reads: tuple[int, ...] = ()
+    fragile: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Region:
     inverse: bool = True  # False: another way to compute the values forward (cheaper, or from less)
     fragment: Callable[..., tuple[Tensor, ...]] | None = None
     fragment_needs: tuple[int, ...] = ()
+    fragile: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,11 @@ from .check import Case
 
 aten = torch.ops.aten
 
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last)
+
+
 POINTWISE = [
     Case("add", lambda x, b: x + b, "bn bn"),
     Case("add with alpha, broadcast", lambda x, b: torch.add(x, b, alpha=2), "bn n"),
@@ -42,10 +47,96 @@ POINTWISE = [
     Case("atan", torch.atan, "bn"),
     Case("leaky_relu", lambda x: F.leaky_relu(x, 0.2), "bn"),
     Case("abs", torch.abs, "bn", invert=False),
+    Case("erf", torch.erf, "bn"),
+    Case("softplus", F.softplus, "bn"),
+    Case("softplus with beta", lambda x: F.softplus(x, 3.0, 25.0), "bn"),
+    Case("softplus with a low threshold", lambda x: F.softplus(4 * x, 1.0, 2.0), "bn", invert=False),
+    Case("log_sigmoid", F.logsigmoid, "bn"),
+    Case("elu", lambda x: F.elu(x, 0.7), "bn"),
+    Case("elu, in place", lambda x: F.elu(x * 2, 0.7, inplace=True), "bn"),
+    Case("elu falling", lambda x: F.elu(x, -0.7), "bn", invert=False, vijp=False),
+    Case("selu", F.selu, "bn"),
+    Case("celu", lambda x: F.celu(x, 2.0), "bn"),
+    Case("mul, the broadcast side", lambda x, w: x * w, "b1n b5n", vijp=False),
 ]
 
 ERASING = [
     Case("relu", torch.relu, "bn", invert=False),
+    Case("threshold", lambda x: F.threshold(x, 0.3, 5.0), "bn", invert=False),
+    Case("relu6", lambda x: F.relu6(3 * x), "bn", invert=False),
+    Case("hardtanh", lambda x: F.hardtanh(x, -0.3, 0.8), "bn", invert=False),
+    Case("hardsigmoid", lambda x: F.hardsigmoid(3 * x), "bn", invert=False),
+    Case("hardswish", lambda x: F.hardswish(3 * x), "bn", invert=False),
+    Case("hardshrink", F.hardshrink, "bn", invert=False),
+    Case("gelu", F.gelu, "bn", invert=False),
+    Case("gelu by tanh", lambda x: F.gelu(3 * x, approximate="tanh"), "bn", invert=False),
+    Case("silu", lambda x: F.silu(2 * x), "bn", invert=False),
+    Case("mish", lambda x: F.mish(2 * x), "bn", invert=False),
+    Case("leaky_relu, nearly flat", lambda x: F.leaky_relu(x, 1e-12), "bn"),
+    Case("prelu", F.prelu, "bn 1", invert=False),
+    Case("prelu of a channel", lambda x, w: F.prelu(x, w - w[0]), "bnk n", invert=False),
+    Case("dropout", lambda x: F.dropout(x, 0.4), "bn", invert=False),
+    Case("dropout of everything", lambda x: F.dropout(x, 1.0), "bn", invert=False, vijp=False),
+    Case("clamp", lambda x: x.clamp(-0.5, 0.6), "bn", invert=False),
+    Case("clamp from below", lambda x: x.clamp(min=0.1), "bn", invert=False),
+    Case("where", lambda x, p: torch.where(x > p, x, 0.5), "bn n", invert=False),
+    Case("where, the other side", lambda x, p: torch.where(p > 0, p, 2 * x), "bn bn", invert=False),
+    Case("masked_fill", lambda x: x.masked_fill(x > 0, 0), "bn", invert=False),
+    Case("masked_fill, broadcast", lambda x: x.masked_fill(x[:, :1] > 0, 1.5), "bn", invert=False),
+    Case("amax", lambda x: x.amax(1), "bn", invert=False),
+    Case("max along a dimension", lambda x: x.max(1).values, "bn", invert=False),
+    Case("topk", lambda x: x.topk(2, 1).values, "bn", invert=False),
+    Case("max alone", lambda x: torch.maximum(x[:, :2], x[:, 2:]), "b4", invert=False),
+    Case("max of ties", lambda x: torch.maximum(x[:, :2].relu(), x[:, 2:].relu()), "b4", invert=False),
+    Case("maxmin of different pairs", lambda x: _maxmin_of_three(x), "b6", invert=False),
+]
+
+COMPOSED = [
+    Case("softsign", F.softsign, "bn"),
+    Case("sin", torch.sin, "bn", invert=False),
+    Case("cos", torch.cos, "bn", invert=False),
+    Case("square", torch.square, "bn", invert=False),
+    Case("cube", lambda x: x**3, "bn", invert=False),
+    Case("square of relu", lambda x: x.relu().square(), "bn", invert=False),
+    Case("x times x", lambda x: x * x, "bn", invert=False),
+    Case("swish by hand", lambda x: x * torch.sigmoid(1.7 * x), "bn", invert=False),
+    Case("gelu by hand", lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)), "bn", invert=False),
+    Case("tanhshrink", F.tanhshrink, "bn", invert=False),
+    Case("softshrink", F.softshrink, "bn", invert=False),
+    Case("sin times cos", lambda x: x.sin() * x.cos(), "bn", invert=False),
+    Case("masked by hand", lambda x: x * (x > 0).double(), "bn", invert=False),
+    Case("alpha_dropout", lambda x: F.alpha_dropout(x, 0.4, True), "bn", invert=False),
+    Case("gate of two halves", lambda x: x[:, :2] * x[:, 2:], "b4", invert=False),
+    Case("swiglu", lambda x: F.silu(x[:, :2]) * x[:, 2:], "b4", invert=False),
+    Case("glu", lambda x: F.glu(x, 1), "b4", invert=False),
+    Case("gate of a sum", lambda x, w: (x @ w) * x.sum(), "bn nn", invert=False, vijp=False),
+]
+
+POOLING = [
+    Case("avg_pool2d", lambda x: F.avg_pool2d(x, 2), "bn46", invert=False),
+    Case("avg_pool2d, cropping", lambda x: F.avg_pool2d(x, (2, 3)), "bn58", invert=False),
+    Case("avg_pool2d, padded", lambda x: F.avg_pool2d(x, 3, padding=1), "bn58", invert=False),
+    Case("avg_pool2d, up to the border", lambda x: F.avg_pool2d(x, 2, 3, 1, True, False), "bn57", invert=False),
+    Case("avg_pool2d, divided by 5", lambda x: F.avg_pool2d(x, 2, divisor_override=5), "bn46", invert=False),
+    Case("avg_pool2d, overlapping", lambda x: F.avg_pool2d(x, 3, 2), "bn57", invert=False, vijp=False),
+    Case("avg_pool2d of one image", lambda x: F.avg_pool2d(x, 2), "n46", invert=False),
+    Case("avg_pool2d, channels last", lambda x: F.avg_pool2d(_channels_last(x), 2), "b346", invert=False),
+    Case("avg_pool1d", lambda x: F.avg_pool1d(x, 2, padding=1), "bn6", invert=False),
+    Case("avg_pool3d", lambda x: F.avg_pool3d(x, 2, padding=1), "bn446", invert=False),
+    Case("adaptive_avg_pool2d", lambda x: F.adaptive_avg_pool2d(x, (2, 3)), "bn46", invert=False),
+    Case("adaptive_avg_pool2d, overlapping", lambda x: F.adaptive_avg_pool2d(x, 3), "bn56", False, False),
+    Case("adaptive_avg_pool3d", lambda x: F.adaptive_avg_pool3d(x, 2), "bn446", invert=False),
+    Case("max_pool2d", lambda x: F.max_pool2d(x, 2), "bn46", invert=False),
+    Case("max_pool2d, padded", lambda x: F.max_pool2d(x, 3, 3, 1, ceil_mode=True), "bn58", invert=False),
+    Case("max_pool2d, overlapping", lambda x: F.max_pool2d(x, 3, 2, 1), "bn78", invert=False),
+    Case("max_pool2d, dilated", lambda x: F.max_pool2d(x, 2, 2, 0, dilation=2), "bn78", invert=False),
+    Case("max_pool2d, channels last", lambda x: F.max_pool2d(_channels_last(x), 3, 2), "b378", invert=False),
+    Case("max_pool1d", lambda x: F.max_pool1d(x, 3, 1), "bn8", invert=False),
+    Case("max_pool3d", lambda x: F.max_pool3d(x, 2), "bn446", invert=False),
+    Case("max_pool3d, overlapping", lambda x: F.max_pool3d(x, 3, 1, 1), "b2335", invert=False),
+    Case("adaptive_max_pool2d", lambda x: F.adaptive_max_pool2d(x, 2), "bn46", invert=False),
+    Case("adaptive_max_pool2d, overlapping", lambda x: F.adaptive_max_pool2d(x, 3), "bn57", invert=False),
+    Case("adaptive_max_pool3d", lambda x: F.adaptive_max_pool3d(x, 2), "bn446", invert=False),
 ]
 
 SHAPE = [
@@ -288,25 +379,17 @@ NORMALIZATION = [
 ]
 
 REFUSED = [
-    Case("sin", torch.sin, "bn", invert=False),
-    Case("cos", torch.cos, "bn", invert=False),
-    Case("square", torch.square, "bn", invert=False),
-    Case("x times x", lambda x: x * x, "bn", invert=False, vijp=False),
-    Case("gelu", F.gelu, "bn", invert=False, vijp=False),
     Case("leaky_relu falling", lambda x: F.leaky_relu(x, -0.2), "bn", invert=False, vijp=False),
     Case("leaky_relu flat", lambda x: F.leaky_relu(x, 0.0), "bn", invert=False, vijp=False),
-    Case("prelu", F.prelu, "bn 1", invert=False, vijp=False),
     Case("mul by zero", lambda x: x * 0, "bn", invert=False, vijp=False),
     Case("the broadcast side", lambda x, b: x + b, "1n wn", invert=False, vijp=False),
     Case("to lower precision", lambda x: x.float(), "bn", invert=False, vijp=False),
     Case("to higher precision", lambda x: x.float().double(), "bn", invert=False, vijp=False),
     Case("a view of the bits", lambda x: x + x.detach().view(torch.int64).abs().clamp(max=1), "bn", invert=False),
-    Case("rounding", lambda x: torch.div(x, 2, rounding_mode="floor") + 0 * x, "bn", invert=False, vijp=False),
-    Case("masking", lambda x: x.masked_fill(x > 0, 0), "bn", invert=False, vijp=False),
+    # Its derivative is zero everywhere: the fragment is all of the cotangent.
+    Case("rounding", lambda x: torch.div(x, 2, rounding_mode="floor") + 0 * x, "bn", invert=False),
     Case("overlapping slices", lambda x: torch.cat([x[:, :3], x[:, 2:]], 1), "b6", invert=False, vijp=False),
     Case("a hole", lambda x: torch.cat([x[:, :2], x[:, 3:]], 1), "b6", invert=False),
-    Case("max alone", lambda x: torch.maximum(x[:, :2], x[:, 2:]), "b4", invert=False, vijp=False),
-    Case("maxmin of different pairs", lambda x: _maxmin_of_three(x), "b6", invert=False, vijp=False),
     Case("circular", lambda x, w: F.conv2d(_circular(x), w), "b255 2233", invert=False, vijp=False),
     Case("causal", lambda x, w: F.conv1d(F.pad(x, (2, 0)), w), "b27 223", invert=False, vijp=False),
     Case("cumsum", lambda x: x.cumsum(1), "bn", invert=False, vijp=False),
@@ -414,6 +497,8 @@ ON_OTHER_DEVICES = {"_fused_rms_norm", "_fused_rms_norm_backward"}
 CASES = [
     *POINTWISE,
     *ERASING,
+    *COMPOSED,
+    *POOLING,
     *SHAPE,
     *LINEAR,
     *CONVOLUTION,
