@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,15 +14,18 @@ from torch import Tensor, fx
 from .options import Options
 from .passes._torch_compat import disable_current_modes, dynamo_aot_autograd, functorch_config, lookup_backend
 from .passes.cost import Device, find_device
+from .passes.drift import Drift
 from .passes.inductor import lower, warm_up
 from .passes.lower import boxed_eager
 from .report import Plan
-from .session import Session, is_real
+from .session import Certificates, Session, is_real
 from .units import format_bytes
 
 OnPlan = Callable[[Plan], None]
 REFRESH = (10, 50)  # steps at which certificates are measured again; then every REFRESH_EVERY
 REFRESH_EVERY = 100
+ALARM = 0.25  # part of the tolerance to which the values of a chain may drift before it is measured again
+GPU_DRIFTS_EVERY = 10
 NEGLIGIBLE = 4096  # bytes above the budget for which nobody plans again: counters and other scalars
 
 
@@ -120,6 +124,7 @@ class CompiledStep:
         self.gm, self.options, self.on_plan = gm, options, on_plan
         self.device = device_of(inputs)
         self.steps = 0
+        self.alarms: dict[Drift, float] = {}  # where not the usual one
         self.overshoot: int | None = None  # bytes by which the first steps exceeded the prediction, and the budget
         self.corrected = False
         self.session: Session
@@ -128,12 +133,7 @@ class CompiledStep:
     def _compile(self, inputs: Sequence[Any], certificates: Any = None, margin: int = 0) -> Callable[..., Any]:
         if self.options.lowering == "inductor" and self.device.name == "cpu":
             warm_up()
-        session = Session(
-            *(self.options, self.device, inputs),
-            certificates=certificates or {},
-            margin=margin,
-            on_measured=self._measured,
-        )
+        session = self._session(inputs, certificates or {}, margin)
         compiled = run_autograd(session, self.gm, inputs)
         with disable_current_modes():
             self.trusted = {flat: Trusted.of(inputs[flat]) for flat in session.trusted}
@@ -143,6 +143,10 @@ class CompiledStep:
             self._publish(session.plan)
         return compiled
 
+    def _session(self, inputs: Sequence[Any], certificates: Certificates, margin: int) -> Session:
+        given = (self.options, self.device, inputs)
+        return Session(*given, certificates=certificates, margin=margin, on_measured=self._measured)
+
     def __call__(self, *arguments: Any) -> Any:
         if torch.is_grad_enabled():
             self.steps += 1
@@ -151,6 +155,8 @@ class CompiledStep:
                     self.current = self._compile(arguments)  # an index or a mask of the model has changed
             if self.overshoot is not None:
                 self._correct(arguments)
+            elif drifts := self._drifts():
+                self._refresh(arguments, drifts)
             elif self._due():
                 self._refresh(arguments)
         return self.current(*arguments)
@@ -189,16 +195,30 @@ class CompiledStep:
         inverted = planned is not None and any(s.strategy in ("invert", "moonwalk") for s in planned.segments)
         return inverted and (self.steps in REFRESH or self.steps % REFRESH_EVERY == 0)
 
-    def _refresh(self, arguments: Sequence[Any]) -> None:
-        """Measure the certificates again: training may have spoilt the conditioning."""
+    def _drifts(self) -> dict[Drift, float]:
+        """The chains that the last step saw drift. On a GPU, asking waits for it, so that is done now and then."""
+        if self.steps % (1 if self.device.name == "cpu" else GPU_DRIFTS_EVERY):
+            return {}
+        usual = ALARM * self.options.tolerance
+        return {d: size for d, size in self.session.drifts().items() if not size <= self.alarms.get(d, usual)}
+
+    def _refresh(self, arguments: Sequence[Any], drifts: Mapping[Drift, float] = MappingProxyType({})) -> None:
+        """Measure the certificates again, with the weights as they are now: training may have spoilt the conditioning.
+
+        A chain that drifts below the tolerance is measured again when it has drifted twice as far.
+        """
         if not is_real(arguments):
             return
-        session = self.session
+        session, tolerance = self.session, self.options.tolerance
         assert session.planned is not None
-        certificates = session.certify(arguments, session.planned.segments, session.certificates)
-        error = session.error_under(certificates)
-        if error <= self.options.tolerance:
+        known = None if drifts else session.certificates
+        certificates = session.certify(arguments, session.planned.segments, known)
+        certificates |= session.contradicted([d for d, size in drifts.items() if not size <= tolerance], certificates)
+        error = max([session.error_under(certificates), *drifts.values()])
+        self.alarms |= {drift: min(tolerance, 2 * size) for drift, size in drifts.items()}
+        if error <= tolerance:
             return
+        self.alarms.clear()
         warnings.warn(
             f"moonwalk: inversion would now cause a gradient error of {error:.1e}, above the tolerance "
             f"{self.options.tolerance:.1e} (step {self.steps}); planning again without it where needed",

@@ -22,16 +22,17 @@ from .passes.capture import read_joint
 from .passes.certificates import INVERTED, Certificate, chain_error
 from .passes.certify import Certifier
 from .passes.cost import Device
+from .passes.drift import Drift
 from .passes.emit import Facts, Segment
 from .passes.graph import Graph, Role
 from .passes.inverse.constants import Constants, is_candidate
-from .passes.lower import Half, Lowerer
+from .passes.lower import Boxed, Half, Lowerer, as_boxed
 from .passes.plan import NoPlan, Planned, Planner
 from .passes.rewrite import to_halves
 from .passes.timing import Clock
 from .passes.verify import verify, verify_certified
 from .passes.workspace import Workspaces
-from .passes.wrapper_memory import no_workspace
+from .passes.wrapper_memory import Workspace, no_workspace
 from .report import Plan
 
 TRIAL = 2**30  # bytes of the operands of one operation that may be tried while planning on fake tensors
@@ -75,6 +76,7 @@ class Session:
     on_measured: Callable[[int], None] | None = None  # is told the peak of the first steps, as the plan counts it
     meter: StepMeter | None = None
     constants: Constants = field(default_factory=Constants)
+    drifted: tuple[Tensor, ...] = ()  # what the last step returned behind its gradients
     facts: Facts = field(init=False)
     lowerer: Lowerer = field(init=False)
     positions: dict[int, int] = field(default_factory=dict)  # primal value -> position among the graph's inputs
@@ -93,14 +95,16 @@ class Session:
         roles = {primal: role_of(inputs[flat]) for primal, flat in places.items() if flat < len(inputs)}
         capture = read_joint(joint, num_fwd_outputs, self.device, roles)
         self.positions = {capture.graph.primals[primal]: flat for primal, flat in places.items()}
-        constants = self._read_constants(capture.graph)
-        self.analysis = analyse(capture, self.device, constants, "invert" in self.options.strategies)
-        workspaces = self._workspaces()
-        self.facts = Facts(self.analysis, reuse=self.options.lowering == "eager", workspace=workspaces)
-        self.lowerer = Lowerer(
-            self.analysis, joint, self.options.lowering, workspaces.of_call if workspaces else no_workspace
+        options = self.options
+        self.analysis = analyse(
+            *(capture, self.device, self._read_constants(capture.graph)),
+            invertible="invert" in options.strategies,
+            fixed_sizes=options.lowering == "inductor",
         )
-        planner = Planner(self.facts, self.options.strategies, self.certificates, self.options.tolerance)
+        workspaces = self._workspaces()
+        self.facts = self._facts(workspaces)
+        self.lowerer = self._lowerer(joint, workspaces.of_call if workspaces else no_workspace)
+        planner = self._planner()
         self.planner, plain = planner, planner.plain
         try:
             planned = self._settle(planner, plain)
@@ -117,6 +121,21 @@ class Session:
             clock.save()
         self.meter = self._watch()
         self.plan = replace(self.plan, planning_s=time.perf_counter() - started - self.lowering_s)
+        return self._modules(planned, joint)
+
+    def _facts(self, workspaces: Workspaces | None, freed: frozenset[int] = frozenset()) -> Facts:
+        assert self.analysis is not None
+        return Facts(self.analysis, self.options.lowering == "eager", workspaces, freed)
+
+    def _lowerer(self, joint: fx.GraphModule, workspace: Workspace) -> Lowerer:
+        assert self.analysis is not None
+        return Lowerer(self.analysis, joint, self.options.lowering, workspace)
+
+    def _planner(self) -> Planner:
+        return Planner(self.facts, self.options.strategies, self.certificates, self.options.tolerance)
+
+    def _modules(self, planned: Planned, joint: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
+        assert self.analysis is not None
         return to_halves(self.analysis, planned.schedule, joint)
 
     def _read_constants(self, graph: Graph) -> Constants:
@@ -167,7 +186,27 @@ class Session:
 
     def compile_backward(self, module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         assert self.backward is not None
-        return self.meter.backward(self.backward.call) if self.meter else self.backward.call
+        call = self._without_drifts(self.backward.call)
+        return self.meter.backward(call) if self.meter else call
+
+    def _without_drifts(self, call: Boxed) -> Boxed:
+        """The results that AOTAutograd expects; how far the chains have drifted stays here."""
+        assert self.planned is not None
+        count = len(self.planned.schedule.drifts)
+        if not count:
+            return call
+
+        def run(arguments: list[Any]) -> Sequence[Any]:
+            results = call(arguments)
+            self.drifted = tuple(results[-count:])
+            return results[:-count]
+
+        return as_boxed(run)
+
+    def drifts(self) -> dict[Drift, float]:
+        """How far the values of each chain came back from the true ones in the last step, asked once."""
+        sizes, self.drifted = [float(size) for size in self.drifted], ()
+        return dict(zip(self.planned.schedule.drifts, sizes, strict=True)) if sizes and self.planned else {}
 
     # -- certificates ------------------------------------------------------------------------------------------------
 
@@ -206,6 +245,14 @@ class Session:
         assert self.planned is not None
         return max((chain_error(s, certificates) for s in self.planned.segments if s.strategy in INVERTED), default=0.0)
 
+    def contradicted(self, drifts: Iterable[Drift], certificates: Certificates) -> Certificates:
+        """Chains that drift though their certificates are good: these are not trusted any more."""
+        assert self.planned is not None
+        spans = {(drift.strategy, drift.first) for drift in drifts}
+        chains = [s for s in self.planned.segments if (s.strategy, s.first) in spans]
+        good = [s for s in chains if chain_error(s, certificates) <= self.options.tolerance]
+        return {(s.strategy, index): Certificate(math.inf, math.inf) for s in good for index in s.span}
+
     # -- choosing ------------------------------------------------------------------------------------------------------
 
     def _settle(self, planner: Planner, plain: Planned, rounds: int = 5) -> Planned:
@@ -232,10 +279,13 @@ class Session:
     def _choose(self, planner: Planner, plain: Planned, less: int) -> Planned:
         """The plan as simulated; `less` bytes are taken off the budget. What cannot be met gets the smallest plan."""
         if self.options.budget is None:
-            return planner.slowed(self.options.max_slowdown * plain.seconds)
-        planned = planner.within(self.options.budget.resolve(plain.peak) - less)
-        self.cornered = planned is None
-        return planner.smallest() if planned is None else planned
+            limit = self.options.max_slowdown * plain.seconds
+            planned = planner.slowed(limit)
+            return planner.tidied(planned, planned.peak, limit)
+        budget = self.options.budget.resolve(plain.peak) - less
+        found = planner.within(budget)
+        self.cornered = found is None
+        return planner.smallest() if found is None else planner.tidied(found, budget, math.inf)
 
     def _lower(self, planned: Planned) -> int:
         """Compile both halves; return the peak of what was generated (of the simulation where that is what runs)."""

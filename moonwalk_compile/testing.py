@@ -38,7 +38,8 @@ def check_rule(
     Args:
         arguments: x, then the parameters; they are taken in double precision.
         invert: x must follow from the result and the parameters; with False it must be refused.
-        vijp: the cotangent of the result must follow from that of x, x and the parameters; or be refused.
+        vijp: the cotangent of the result must follow from that of x, x, the parameters, what was drawn at random, and
+            the fragments that rules keep of cotangents; or be refused.
 
     Returns the names of the operations and inverses that were used. Raises AssertionError.
     """
@@ -49,13 +50,20 @@ def check_rule(
         truth = true_values(capture, doubles)
     graph, edges = capture.graph, all_edges(capture)
     x, parameters = graph.primals[0], graph.primals[1:]
+    fragments = take_fragments(edges, truth)
     used = check_reached(edges, truth, [*graph.output_values, *parameters], [x], invert)
-    gradient = graph.gradients[0].slot
-    return used | check_reached(edges, truth, [*graph.primals, gradient], graph.tangents, vijp)
+    drawn = [value for edge in graph.edges if edge.random for value in edge.gives]
+    known = [*graph.primals, graph.gradients[0].slot, *fragments, *drawn]
+    return used | check_reached(edges, {**truth, **fragments}, known, graph.tangents, vijp)
 
 
-def capture_joint(function: Callable[..., Any], arguments: Sequence[Tensor]) -> Capture:
-    """The joint graph of `function`; the first argument is an input, the others are parameters."""
+def capture_joint(
+    function: Callable[..., Any], arguments: Sequence[Tensor], trained: Sequence[bool] | None = None
+) -> Capture:
+    """The joint graph of `function`; the first argument is an input, the others are parameters.
+
+    `trained` says which arguments get a gradient; by default, all that are floating-point.
+    """
     found: list[Capture] = []
 
     def partition(joint: Any, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any) -> Any:
@@ -67,7 +75,8 @@ def capture_joint(function: Callable[..., Any], arguments: Sequence[Tensor]) -> 
         found.append(read_joint(joint, num_fwd_outputs, DEVICES["cpu"], roles))
         raise _Captured
 
-    leaves = [a.detach().clone().requires_grad_(a.is_floating_point()) for a in arguments]
+    wanted = trained or [a.is_floating_point() for a in arguments]
+    leaves = [a.detach().clone().requires_grad_(want) for a, want in zip(arguments, wanted, strict=True)]
     try:
         aot_function(function, lambda gm, _: gm, lambda gm, _: gm, partition_fn=partition)(*leaves)
     except _Captured:
@@ -90,6 +99,12 @@ def true_values(capture: Capture, arguments: Sequence[Tensor]) -> dict[int, Any]
 def all_edges(capture: Capture) -> list[Edge]:
     forward = [edge for edge in capture.graph.edges if not edge.effect and not edge.random]
     return [*forward, *inverse_edges(capture, DEVICES["cpu"])]
+
+
+def take_fragments(edges: Sequence[Edge], truth: dict[int, Any]) -> dict[int, Any]:
+    """What the spine would keep for the rules that need it."""
+    found = run_edges([edge for edge in edges if edge.kind == "fragment"], truth)
+    return {value: tensor for value, tensor in found.items() if value not in truth}
 
 
 def check_reached(

@@ -16,6 +16,7 @@ from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -23,6 +24,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 def is_composite(operator: OpOverload) -> bool:
     """Whether it is defined by other operators, so that what it returns may be a view though its schema is silent."""
     return _dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd")
+
+
+def global_optimizer_hooks() -> bool:
+    """Whether anything is called around the steps of all optimizers."""
+    return bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
 
 __all__ = [
@@ -41,6 +47,7 @@ __all__ = [
     "dynamo_counters",
     "functorch_config",
     "fx_graph_cse",
+    "global_optimizer_hooks",
     "is_composite",
     "lookup_backend",
     "make_fx",

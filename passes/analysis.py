@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
 
-from .bits import pack_bits, strict_sign, unpack_two
+from .bits import pack_bits, strict_sign, take_marked, unpack_two
 from .blocks import Block, find_blocks
 from .capture import Capture
 from .cost import Device, edge_seconds
+from .drift import Watch, comparer, sampler
 from .graph import Edge, Graph, Stage, Value
 from .inverse import inverse_edges, make_call, packing_of_reader, packing_of_value
 from .inverse.constants import Constants
@@ -37,7 +38,7 @@ class Analysis:
     """`packs` are exact stand-ins by value; `signs` maps (backward edge, need) to what a one-bit reader may be given.
 
     `inverse[b]` solves forward values of block b, `vijp[b]` its cotangents, `shortcuts[b]` are cheaper ways through
-    its cotangent spine.
+    its cotangent spine, `fragments[b]` take what some of `vijp[b]` need of the cotangents that the spine sees.
     """
 
     capture: Capture
@@ -50,6 +51,8 @@ class Analysis:
     shortcuts: tuple[tuple[Edge, ...], ...]
     signs: tuple[tuple[Pack, ...], ...]
     strict_signs: tuple[tuple[Edge, ...], ...]
+    fragments: tuple[tuple[Edge, ...], ...]
+    watches: tuple[tuple[Watch | None, Watch | None], ...]  # of each block's input: a value, a cotangent it receives
     fakes: Mapping[int, Any]
 
     @cached_property
@@ -59,21 +62,10 @@ class Analysis:
 
     def recover(self, block: Block) -> tuple[Edge, ...]:
         """The ways to compute forward values of a block forward: random operations cannot be drawn again."""
-        edges = (*block.forward, *block.late, *self._made_of_nothing(block))
+        edges = (*block.forward, *block.late)
         return tuple(edge for edge in edges if not edge.random and not edge.effect) + tuple(
             replay for edge in edges if (replay := self.replays.get(edge.gives)) is not None
         )
-
-    def _made_of_nothing(self, block: Block) -> Iterable[Edge]:
-        """What the block reads of values that need nothing (`zeros`), and that are at home in another block."""
-        own = {value for edge in (*block.forward, *block.late) for value in edge.gives}
-        read = {value for edge in (*block.forward, *block.late, *block.backward) for value in edge.needs}
-        return [edge for edge in self.sources if not own.issuperset(edge.gives) and not read.isdisjoint(edge.gives)]
-
-    @cached_property
-    def sources(self) -> tuple[Edge, ...]:
-        edges = self.graph.stage_edges("forward", "late")
-        return tuple(edge for edge in edges if not edge.needs and edge.gives)
 
     @cached_property
     def replays(self) -> dict[tuple[int, ...], Edge]:
@@ -131,6 +123,8 @@ class _Packer:
         self.capture, self.device = capture, device
         self.values = list(capture.graph.values)
         self.fakes = {value.index: capture.fake(value.index) for value in capture.graph.values}
+        self.watch_traces: dict[Any, Any] = {}
+        self.watches: dict[int, Watch] = {}
 
     def add_value(self, like: int, fake: Any, suffix: str, stage: Stage) -> int:
         index = len(self.values)
@@ -183,6 +177,34 @@ class _Packer:
         place = (tuple(view.shape), view.stride(), view.storage_offset())
         decode, _ = self.edge(lambda v: v.as_strided(*place), whole.kept, copied, value, "view of original")
         return Pack(value, whole.kept, whole.encode, decode)
+
+    def watch(self, values: Sequence[int]) -> Watch | None:
+        """A watch on the largest of these values; those of equal layout are traced once."""
+        fakes = [(value, self.capture.fake(value)) for value in values]
+        floats = [(value, fake) for value, fake in fakes if fake.is_floating_point() and fake.numel() > 1]
+        if not floats:
+            return None
+        value, fake = max(floats, key=lambda item: item[1].numel())
+        if value not in self.watches:
+            self.watches[value] = self._watch(value, fake)
+        return self.watches[value]
+
+    def _watch(self, value: int, fake: Tensor) -> Watch:
+        stage = self.values[value].stage
+        shape, ties = tuple(fake.shape), stage == "backward"
+        key = (shape, fake.stride(), fake.dtype, str(fake.device), ties)
+        if key not in self.watch_traces:
+            taken = trace_operations(sampler(shape), (fake,))
+            self.watch_traces[key] = taken, trace_operations(comparer(shape, ties), (taken[2][0], fake))
+        (take, taken_slots, sample), (ask, ask_slots, answer) = self.watch_traces[key]
+        later: Stage = "backward" if ties else "late"
+        kept = self.add_value(value, sample[0], "sample", later)
+        drift = self.add_value(value, answer[0], "drift", "backward")
+        return Watch(
+            value,
+            Edge((kept,), (value,), take, taken_slots, "sample", "codec", later),
+            Edge((drift,), (kept, value), ask, ask_slots, "drift", "codec", "backward"),
+        )
 
 
 def _copies(packer: _Packer, graph: Graph) -> dict[int, Pack]:
@@ -250,20 +272,38 @@ def _sign_packs(packer: _Packer, graph: Graph, block: Block) -> tuple[list[Pack]
     return packs, edges
 
 
-def analyse(capture: Capture, device: Device, constants: Constants | None = None, invertible: bool = True) -> Analysis:
+def _of_fixed_size(edges: Sequence[Edge]) -> list[Edge]:
+    """Without the fragments whose size only the values decide, and the inverses that need these."""
+    takes = [e for e in edges if any(op.target is take_marked.default for op in e.operations)]
+    dynamic = {value for edge in takes for value in edge.gives}
+    return [edge for edge in edges if not dynamic.intersection((*edge.gives, *edge.needs))]
+
+
+def analyse(
+    capture: Capture,
+    device: Device,
+    constants: Constants | None = None,
+    *,
+    invertible: bool = True,
+    fixed_sizes: bool = False,
+) -> Analysis:
     """Blocks, packed twins and inverse rules of a captured step; rules may look at the values of `constants`.
 
-    `invertible` says that blocks may be inverted: then what can be inverted together is one block.
+    `invertible` says that blocks may be inverted: then what can be inverted together is one block. With `fixed_sizes`,
+    no tensor of generated code may differ in size from its fake.
     """
     graph = capture.graph
-    edges = inverse_edges(capture, device, constants=constants)
-    blocks = find_blocks(graph, edges if invertible else ())
     packer = _Packer(capture, device)
+    add_value = partial(packer.add_value, stage="backward")
+    edges = inverse_edges(capture, device, constants=constants, add_value=add_value)
+    edges = tuple(_of_fixed_size(edges)) if fixed_sizes else edges
+    blocks = find_blocks(graph, edges if invertible else ())
     packs = _exact_packs(packer, graph, blocks)
     signs = [_sign_packs(packer, graph, block) for block in blocks]
+    watches = tuple((packer.watch(block.live_in), packer.watch(block.cotangents_in)) for block in blocks)
     extended = replace(graph, values=tuple(packer.values))
     scopes = [_scope(graph, block) for block in blocks]
-    homes = _by_block(edges, scopes)
+    homes = _by_block(graph, edges, scopes)
     return Analysis(
         capture,
         extended,
@@ -273,13 +313,31 @@ def analyse(capture: Capture, device: Device, constants: Constants | None = None
         inverse=tuple(tuple(e for e in home if e.kind == "inverse" and e.stage == "forward") for home in homes),
         vijp=tuple(tuple(e for e in home if e.kind == "inverse" and e.stage == "backward") for home in homes),
         shortcuts=tuple(
-            tuple(e for e in home if e.kind != "inverse") + tuple(read)
+            tuple(e for e in home if e.kind == "forward") + tuple(read)
             for home, (_, read) in zip(homes, signs, strict=True)
+        ),
+        fragments=tuple(
+            tuple(_fragments(home, packs, readers)) for home, (packs, readers) in zip(homes, signs, strict=True)
         ),
         strict_signs=tuple(tuple(_strict_signs(capture, block, device)) for block in blocks),
         signs=tuple(tuple(packs) for packs, _ in signs),
+        watches=watches,
         fakes=packer.fakes,
     )
+
+
+def _fragments(home: Iterable[Edge], packs: Iterable[Pack], readers: Iterable[Edge]) -> Iterator[Edge]:
+    """The edges that take fragments; also from bits, where the operation that they belong to may read these."""
+    originals = {pack.decode.gives[0]: pack.value for pack in packs}
+    for edge in home:
+        if edge.kind != "fragment":
+            continue
+        yield edge
+        for reader in readers:
+            if f"fragment of {reader.label}" == f"{edge.label} from bits" and edge.needs[0] in reader.needs:
+                bits = {originals[need]: need for need in reader.needs if need in originals}
+                if bits.keys() & set(edge.needs):
+                    yield replace(edge, needs=tuple(bits.get(need, need) for need in edge.needs))
 
 
 def _scope(graph: Graph, block: Block) -> set[int]:
@@ -287,14 +345,24 @@ def _scope(graph: Graph, block: Block) -> set[int]:
     return own | {*block.live_in, *block.live_out, *block.cotangents_in, *block.cotangents_out} | graph.static
 
 
-def _by_block(edges: Iterable[Edge], scopes: list[set[int]]) -> list[list[Edge]]:
+def _by_block(graph: Graph, edges: Sequence[Edge], scopes: list[set[int]]) -> list[list[Edge]]:
+    """The blocks that hold all values of an edge; an inverse that needs fragments is where these can be taken."""
+    taking = {value: edge for edge in edges if edge.kind == "fragment" for value in edge.gives}
+
+    def values(edge: Edge) -> Iterator[int]:
+        for value in (*edge.gives, *edge.needs):
+            if value < len(graph.values):
+                yield value
+            elif edge.kind != "fragment":
+                yield from taking[value].needs
+
     holders: dict[int, set[int]] = {}
     for index, scope in enumerate(scopes):
         for value in scope:
             holders.setdefault(value, set()).add(index)
     homes: list[list[Edge]] = [[] for _ in scopes]
     for edge in edges:
-        common = set.intersection(*(holders.get(value, set()) for value in (*edge.gives, *edge.needs)))
+        common = set.intersection(*(holders.get(value, set()) for value in values(edge)))
         for index in common:
             homes[index].append(edge)
     return homes

@@ -7,7 +7,7 @@ packing: a mask that Inductor writes on a CPU costs more than a matrix product.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -17,8 +17,11 @@ from torch.library import Library, register_fake
 _library = Library("moonwalk_compile", "DEF")
 _library.define("pack_bits(Tensor source, float low=0., float? high=None) -> Tensor")
 _library.define("strict_sign(Tensor source) -> Tensor")
+_library.define("take_marked(Tensor source, Tensor marks, float expected) -> Tensor")
+_library.define("put_marked(Tensor target, Tensor marks, Tensor taken) -> Tensor")
 _library.define("unpack_two(Tensor packed, SymInt[] size, float high, float low, ScalarType dtype) -> Tensor")
 
+PIECE = 1 << 16  # elements
 _GATHER = 0x0102040810204080  # times a word of eight 0/1 bytes: the top byte is the eight bits
 
 
@@ -52,17 +55,50 @@ def _unpack(packed: Tensor, size: Sequence[int], high: float, low: float, dtype:
     return rows.view(-1)[: math.prod(size)].view(list(size))
 
 
+def _pieces(marks: Tensor, count: int) -> Iterator[tuple[slice, Tensor]]:
+    """Which elements are marked, piece by piece: on a CPU, indexing by a mask takes 8 bytes per chosen element."""
+    size = PIECE if marks.device.type == "cpu" else max(count, 1)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        packed = marks[start // 8 : (stop + 7) // 8]
+        yield slice(start, stop), _unpack(packed, [stop - start], 1, 0, torch.uint8).view(torch.bool)
+
+
+def _take_marked(source: Tensor, marks: Tensor, expected: float) -> Tensor:
+    """The marked elements (a bit each), in order. How many they are is known at run time only: the planner counts
+    with the `expected` part of all."""
+    flat = source.reshape(-1)
+    taken, end = source.new_empty(_count(marks, flat.numel())), 0
+    for where, chosen in _pieces(marks, flat.numel()):
+        part = flat[where][chosen]
+        taken[end : end + len(part)] = part
+        end += len(part)
+    return taken
+
+
+def _count(marks: Tensor, count: int) -> int:
+    return sum(int(chosen.sum()) for _, chosen in _pieces(marks, count))
+
+
+def _put_marked(target: Tensor, marks: Tensor, taken: Tensor) -> Tensor:
+    """`target` with its marked elements replaced by those that were taken."""
+    flat, end = target.clone(memory_format=torch.contiguous_format).view(-1), 0
+    for where, chosen in _pieces(marks, flat.numel()):
+        flat[where].masked_scatter_(chosen, taken[end:])
+        end += int(chosen.sum())
+    return flat.view(target.shape)
+
+
 def _strict_sign(source: Tensor) -> Tensor:
     """1 above zero, else -1: as a sign packed into one bit comes back."""
-    signs = torch.sgn(source)
-    if source.device.type != "cpu" or not bool(signs.all()):  # on a CPU, looking is several times faster than filling
-        signs.masked_fill_(signs == 0, -1)
-    return signs
+    return torch.gt(source, 0, out=torch.empty_like(source)).mul_(2).sub_(1)
 
 
 _library.impl("strict_sign", _strict_sign, "CompositeExplicitAutograd")
 _library.impl("pack_bits", _pack, "CompositeExplicitAutograd")
 _library.impl("unpack_two", _unpack, "CompositeExplicitAutograd")
+_library.impl("take_marked", _take_marked, "CompositeExplicitAutograd")
+_library.impl("put_marked", _put_marked, "CompositeExplicitAutograd")
 
 
 @register_fake("moonwalk_compile::pack_bits")
@@ -80,6 +116,18 @@ def _unpack_fake(packed: Tensor, size: Sequence[int], high: float, low: float, d
     return packed.new_empty(list(size), dtype=dtype)
 
 
+@register_fake("moonwalk_compile::take_marked")
+def _take_fake(source: Tensor, marks: Tensor, expected: float) -> Tensor:
+    return source.new_empty(math.ceil(source.numel() * expected))
+
+
+@register_fake("moonwalk_compile::put_marked")
+def _put_fake(target: Tensor, marks: Tensor, taken: Tensor) -> Tensor:
+    return target.new_empty(target.shape)
+
+
 pack_bits = torch.ops.moonwalk_compile.pack_bits
 strict_sign = torch.ops.moonwalk_compile.strict_sign
+take_marked = torch.ops.moonwalk_compile.take_marked
+put_marked = torch.ops.moonwalk_compile.put_marked
 unpack_two = torch.ops.moonwalk_compile.unpack_two

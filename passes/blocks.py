@@ -15,7 +15,8 @@ from .joining import joined_cuts
 class Block:
     """A contiguous piece of the forward pass, and the backward edges that belong to it.
 
-    `live_in` and `live_out` are the forward values that cross its borders (inputs of the step apart), `demanded` the
+    `live_in` and `live_out` are the forward values that cross its borders (inputs of the step apart, and what only
+    mutations read), `demanded` the
     forward values that its backward edges read, `cotangents_in` those it receives from later blocks and
     `cotangents_out` those that it hands to earlier ones, `gradients` the results of the step that it produces.
     """
@@ -69,14 +70,36 @@ def _inputs_still_read(graph: Graph, chain: Sequence[Edge]) -> list[set[int]]:
     return sets[::-1]
 
 
+def _only_waiting(graph: Graph, chain: Sequence[Edge]) -> list[frozenset[int]]:
+    """For each position, the values that are only wanted when the forward pass ends: new running statistics, outputs.
+
+    Wherever the step is cut behind them, they are alive: counted, each one would make all later cuts look wide.
+    """
+    idle = frozenset(value for edge in chain for value in edge.gives)
+    sets = [idle]
+    for edge in reversed(chain):
+        idle = idle.difference(edge.needs)
+        sets.append(idle)
+    return sets[::-1]
+
+
+def _only_for_effects(graph: Graph) -> frozenset[int]:
+    """Values that only a mutation behind the forward pass reads, as new running statistics: no block wants them."""
+    read = {value for edge in graph.edges if not edge.effect for value in edge.needs}
+    written = {value for edge in graph.stage_edges("forward") if edge.effect for value in edge.needs}
+    return frozenset(written - read - set(graph.output_values))
+
+
 def cut_positions(graph: Graph, chain: Sequence[Edge], live: Sequence[frozenset[int]]) -> list[int]:
     """One candidate between each two expensive operations, where the live set is smallest; local minima stay."""
     landmarks = [p for p, edge in enumerate(chain) if edge.expensive] or [
         p for p, e in enumerate(chain) if not e.is_view
     ]
     reading = _inputs_still_read(graph, chain)
+    waiting = _only_waiting(graph, chain)
     roots = [
-        {graph.values[value].storage for value in values} | inputs for values, inputs in zip(live, reading, strict=True)
+        {graph.values[value].storage for value in values - idle} | inputs
+        for values, idle, inputs in zip(live, waiting, reading, strict=True)
     ]
     size = [sum(graph.values[root].bytes for root in at) for at in roots]
     candidates = []
@@ -130,7 +153,8 @@ def find_blocks(graph: Graph, inverse: Iterable[Edge] = ()) -> tuple[Block, ...]
     With `inverse` edges, what can be inverted together stays together.
     """
     chain = forward_chain(graph)
-    live = live_sets(graph, chain)
+    behind = _only_for_effects(graph)
+    live = [values - behind for values in live_sets(graph, chain)]
     cuts = joined_cuts(graph, chain, live, cut_positions(graph, chain, live), inverse)
     pieces = split_blocks(graph, chain, cuts)
     borders = [0, *cuts, len(chain)]
@@ -139,7 +163,7 @@ def find_blocks(graph: Graph, inverse: Iterable[Edge] = ()) -> tuple[Block, ...]
     backward: list[list[Edge]] = [[] for _ in pieces]
     for position, block in assigned.items():
         backward[block].append(graph.edges[position])
-    late = _assign_late(graph, forward_block, backward)
+    late = _assign_late(graph, forward_block, backward, [live[border] for border in borders])
     producer = {value: i for i, edges in enumerate(backward) for edge in edges for value in edge.gives}
     producer.update(dict.fromkeys(graph.tangents, len(pieces)))
     gradients = set(graph.gradient_values)
@@ -166,19 +190,36 @@ def find_blocks(graph: Graph, inverse: Iterable[Edge] = ()) -> tuple[Block, ...]
     )
 
 
-def _assign_late(graph: Graph, block: dict[int, int], backward: Sequence[Sequence[Edge]]) -> list[list[Edge]]:
-    """Late edges live with the forward values they read; views of the step's inputs with nobody."""
+def _assign_late(
+    graph: Graph, block: dict[int, int], backward: Sequence[Sequence[Edge]], live_in: Sequence[frozenset[int]]
+) -> list[list[Edge]]:
+    """Late edges live with their first reader if the values they read are alive there, else with these values.
+
+    (`x.t()` in the gradient of `x @ w` belongs to the product's block, though x is made by the block before.) Views of
+    the step's inputs live with nobody.
+    """
     late: list[list[Edge]] = [[] for _ in backward]
-    readers = {value: i for i in reversed(range(len(backward))) for edge in backward[i] for value in edge.needs}
+    edges = [edge for edge in graph.stage_edges("late") if not graph.static.issuperset(edge.gives)]
+    readers = _first_readers(edges, backward)
     place = dict(block)
-    for edge in graph.stage_edges("late"):
-        if graph.static.issuperset(edge.gives):
-            continue
-        found = [place[value] for value in edge.needs if value in place]
-        home = max(found, default=min((readers[v] for v in edge.gives if v in readers), default=len(backward) - 1))
+    for edge in edges:
+        made = max((place[value] for value in edge.needs if value in place), default=0)
+        read = min((readers[value] for value in edge.gives if value in readers), default=len(backward) - 1)
+        at_hand = all(value in live_in[read] or place.get(value, read) == read for value in edge.needs)
+        home = read if at_hand and read > made else made
         late[home].append(edge)
         place.update(dict.fromkeys(edge.gives, home))
     return late
+
+
+def _first_readers(late: Sequence[Edge], backward: Sequence[Sequence[Edge]]) -> dict[int, int]:
+    """The first block whose backward edges read a value, directly or through late edges."""
+    readers = {value: i for i in reversed(range(len(backward))) for edge in backward[i] for value in edge.needs}
+    for edge in reversed(late):
+        first = min((readers[value] for value in edge.gives if value in readers), default=None)
+        if first is not None:
+            readers.update({value: min(first, readers.get(value, first)) for value in edge.needs})
+    return readers
 
 
 def _demanded(graph: Graph, edges: Iterable[Edge]) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ._torch_compat import fx_graph_cse
-from .cost import Device, edge_seconds, qualified_name
+from .cost import Device, base_name, edge_seconds, qualified_name
 from .graph import Edge, Graph, Operation, Ref, Role, Stage, Value, map_refs
 from .trace import Recorder, storage_bytes, tensors_of
 
@@ -191,11 +191,19 @@ def _inline_sizes(graph: fx.Graph) -> None:
             _replace_argument(user, node, int(size))
 
 
+def _drop_running_statistics(graph: fx.Graph) -> None:
+    """In training, the gradient of batch normalization is given running statistics but does not read them."""
+    for node in graph.nodes:
+        if node.op == "call_function" and base_name(node.target) == "native_batch_norm_backward" and node.args[7]:
+            node.args = (*node.args[:3], None, None, *node.args[5:])
+
+
 def read_joint(
     joint: fx.GraphModule, forward_outputs: int, device: Device, roles: Mapping[int, Role] | None = None
 ) -> Capture:
     """Turn AOTAutograd's joint graph into a `Graph`; common subexpressions are merged first, in place."""
     _inline_sizes(joint.graph)
     merged = fx_graph_cse(joint.graph)
+    _drop_running_statistics(merged)
     merged.eliminate_dead_code()
     return JointReader(fx.GraphModule(joint, merged), roles or {}, device).read(forward_outputs)

@@ -141,7 +141,7 @@ def measure_chain(
         else:
             local = earlier.local * max(1.0, growth / max(earlier.growth, 1e-6))
         sound = math.isfinite(local) and math.isfinite(growth) and after > 0  # zero: the signal itself has underflowed
-        sound = sound and all(bool(torch.isfinite(tensor).all()) for tensor in reached.values())
+        sound = sound and math.isfinite(_norm(t for t in reached.values() if t.is_floating_point()))
         yield link.block, Certificate(local, growth) if sound else Certificate(math.inf, math.inf)
         noise = math.hypot(noise * growth, local)
         if not noise < DROWNED:
@@ -201,11 +201,13 @@ class Certifier:
         return found
 
     def _wanted(self, chains: Iterable[Segment]) -> dict[int, set[int]]:
-        """What is to be kept of each block: where chains begin, and the residuals of spines."""
+        """What is to be kept of each block: where chains begin, and the residuals of inversions and spines."""
         wanted: dict[int, set[int]] = {}
         for segment in chains:
             if segment.strategy == "invert":
                 wanted.setdefault(segment.last, set()).update(self.analysis.blocks[segment.last].live_out)
+                for index in segment.span:
+                    wanted.setdefault(index, set()).update(self.facts.inversion(index).residuals)
                 continue
             if segment.first:
                 before = self.analysis.blocks[segment.first - 1].live_out
@@ -241,15 +243,17 @@ class Certifier:
 
     def _inversion(self, index: int, masks: State) -> _Link:
         block = self.analysis.blocks[index]
-        edges = self.facts.inversion(index).program(block.live_in)
+        inversion = self.facts.inversion(index)
+        edges = [edge for edge in inversion.solution.program(block.live_in) if edge.label != "residual"]
+        leaving = (*block.live_out, *inversion.residuals)  # what is kept of a block belongs to the point it is at
 
         def recover(state: State) -> State:
             reached = self.values.run(edges, {**masks, **state}, block.live_in)
             return _picked(block.live_in, reached, state)
 
         def apply(state: State, _: State) -> State:
-            reached = self.values.run(self._forward_edges(index), {**masks, **state}, block.live_out)
-            return _picked(block.live_out, reached, state)
+            reached = self.values.run(self._forward_edges(index), {**masks, **state}, leaving)
+            return _picked(leaving, reached, state)
 
         return _Link(index, recover, apply, block.live_in)
 
@@ -257,14 +261,15 @@ class Certifier:
         return [edge for edge in self.analysis.recover(self.analysis.blocks[index]) if edge.kind == "forward"]
 
     def _moonwalk(
-        self, run: range, kept: Mapping[int, State], known: Mapping[int, Certificate]
+        self, run: range, kept: dict[int, State], known: Mapping[int, Certificate]
     ) -> Iterator[tuple[int, Certificate]]:
         """A random cotangent goes down the spine; the sweep starts from what arrives."""
         blocks = self.analysis.blocks
         generator = torch.Generator().manual_seed(1)
         cotangents = {value: self._random(value, generator) for value in blocks[run[-1]].cotangents_in}
         for index in reversed(run):
-            cotangents = self._down(index, cotangents, kept[index])
+            cotangents, fragments = self._down(index, cotangents, kept[index])
+            kept[index].update(fragments)
         entry = kept.get(run[0] - 1, {})
         start = {**{value: entry[value] for value in blocks[run[0]].live_in}, **cotangents}
         links = [self._sweep(index, kept[index]) for index in run]
@@ -276,18 +281,23 @@ class Certifier:
         fake = self.analysis.fakes[value]
         return torch.randn(tuple(fake.shape), generator=generator).to(device=fake.device, dtype=fake.dtype)
 
-    def _down(self, index: int, cotangents: State, kept: State) -> State:
-        block = self.analysis.blocks[index]
-        solution = self.facts.spine(index).solution
-        edges = [edge for edge in solution.program(block.cotangents_out) if edge.label != "residual"]
-        reached = self.values.run(edges, {**kept, **cotangents}, block.cotangents_out)
-        return _picked(block.cotangents_out, reached, cotangents)
+    def _down(self, index: int, cotangents: State, kept: State) -> tuple[State, State]:
+        """The cotangents in front of a block, and the fragments that its sweep wants."""
+        block, spine = self.analysis.blocks[index], self.facts.spine(index)
+        wanted = (*block.cotangents_out, *spine.fragments)
+        edges = [edge for edge in spine.solution.program(wanted) if edge.label != "residual"]
+        reached = self.values.run(edges, {**kept, **cotangents}, wanted)
+        fragments = {value: reached[value] for value in spine.fragments}
+        return _picked(block.cotangents_out, reached, cotangents), fragments
 
     def _sweep(self, index: int, masks: State) -> _Link:
         block = self.analysis.blocks[index]
         solution = self.facts.sweep(index)
         up = solution.program((*block.live_out, *block.cotangents_in))
-        true_spine = _ancestors(block.backward, block.cotangents_out)
+        fragments = self.facts.spine(index).fragments
+        original = len(self.analysis.capture.graph.values)
+        taking = [edge for edge in self.analysis.fragments[index] if all(value < original for value in edge.needs)]
+        true_spine = _ancestors([*block.backward, *taking], (*block.cotangents_out, *fragments))
         reads = {v for edge in true_spine for v in edge.needs}
 
         def recover(state: State) -> State:
@@ -296,13 +306,15 @@ class Certifier:
             return _picked(wanted, reached, state)
 
         def apply(state: State, before: State) -> State:
-            """The backward edges as they stand in the joint graph: exact zeros and ties show here."""
+            """The backward edges as they stand in the joint graph: exact zeros and ties show here. Fragments are taken
+            anew, of the cotangents that are to be recovered."""
             entry = {value: before[value] for value in block.live_in}
             edges = [*self._forward_edges(index)]
             forward = self.values.run(edges, {**masks, **entry}, {*reads, *block.live_in})
             cotangents = {value: state[value] for value in block.cotangents_in}
-            reached = self.values.run(true_spine, {**forward, **cotangents}, block.cotangents_out)
-            return entry | _picked(block.cotangents_out, reached, state)
+            wanted = (*block.cotangents_out, *fragments)
+            reached = self.values.run(true_spine, {**forward, **cotangents}, wanted)
+            return entry | _picked(wanted, reached, state)
 
         return _Link(index, recover, apply, block.cotangents_in)
 

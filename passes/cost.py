@@ -55,6 +55,10 @@ SPECIAL = {
 }
 SOLVERS = {"linalg_inv_ex": 2.0, "linalg_lu_factor_ex": 0.67, "linalg_solve_ex": 1.0, "linalg_cholesky_ex": 0.33}
 
+LOOPS = {
+    "moonwalk_compile::solve_convolution": (8, 8)
+}  # operators with a loop inside: where it is said how often, and calls each time
+
 
 def count_flops(node: fx.Node) -> float:
     """Floating-point operations of a call: torch's own registry, and the attention kernels and solvers it lacks."""
@@ -94,10 +98,18 @@ def operation_seconds(operation: Operation, device: Device) -> float:
         return 0.0
     if device.clock is not None and (measured := device.clock(operation)) is not None:
         return measured
+    name = base_name(operation.target)
+    rounds = _rounds(operation)
     arithmetic = operation.flops / device.flops
-    memory = operation.moved / device.bandwidth
-    special = sum(operation.new) / 4 * SPECIAL.get(base_name(operation.target), 0.0) / device.transcendental
-    return device.overhead + max(arithmetic, memory, special)
+    memory = rounds * operation.moved / device.bandwidth
+    special = sum(operation.new) / 4 * SPECIAL.get(name, 0.0) / device.transcendental
+    return rounds * device.overhead + max(arithmetic, memory, special)
+
+
+def _rounds(operation: Operation) -> int:
+    """How many calls a call stands for."""
+    place, calls = LOOPS.get(qualified_name(operation.target), (0, 0))
+    return calls * int(operation.args[place]) if calls else 1
 
 
 def edge_seconds(edge: Edge, device: Device) -> float:

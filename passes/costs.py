@@ -19,7 +19,8 @@ class Cost:
     """Bytes and seconds of a segment taken alone.
 
     `own` are the bytes kept apart from those shared with the border before it (`border_in`); `covers_out` says that
-    everything alive at its far border is kept too. `forward_peak` and `backward_peak` include what it keeps.
+    everything alive at its far border is kept too. `forward_peak` and `backward_peak` include what it keeps;
+    `fragments` are the bytes that wait within the backward pass, between the spine and the sweep.
     """
 
     own: int
@@ -29,6 +30,7 @@ class Cost:
     forward_peak: int
     backward_peak: int
     seconds: float
+    fragments: int = 0
 
     @property
     def kept(self) -> int:
@@ -44,7 +46,7 @@ def backward_program(facts: Facts, segment: Segment) -> Program:
     emitter = BackwardEmitter(facts, segment.kept, given | outputs, segment.span)
     emitter.run(segment)
     passing = facts.passing(segment.span)
-    gradients = [value for index in segment.span for value in blocks[index].gradients]
+    gradients = [value for index in segment.span for value in facts.gradients(index)]
     leaving = [*first.cotangents_out, *gradients, *(first.live_in if segment.strategy == "invert" else ())]
     leaving = [value for value in leaving if value not in passing]
     emitter.ensure(leaving, segment.first)
@@ -94,7 +96,15 @@ def segment_cost(facts: Facts, segment: Segment) -> Cost | None:
         forward_peak=simulated(facts, forward).peak,
         backward_peak=simulated(facts, backward).peak,
         seconds=_program_seconds(analysis, backward) - _backward_seconds(analysis, segment),
+        fragments=_fragment_bytes(facts, segment),
     )
+
+
+def _fragment_bytes(facts: Facts, segment: Segment) -> int:
+    if segment.strategy != "moonwalk":
+        return 0
+    values = facts.analysis.graph.values
+    return sum(values[value].bytes for index in segment.span for value in facts.spine(index).fragments)
 
 
 def with_passing(facts: Facts, segment: Segment, cost: Cost) -> Cost:
@@ -159,6 +169,7 @@ def signature(facts: Facts, block: Block) -> tuple[object, tuple[int, ...]]:
         analysis.inverse[block.index],
         analysis.vijp[block.index],
         analysis.shortcuts[block.index],
+        analysis.fragments[block.index],
     )
     description = tuple(tuple(edge_key(edge) for edge in part) for part in parts)
     for value in list(order):
@@ -173,6 +184,7 @@ def signature(facts: Facts, block: Block) -> tuple[object, tuple[int, ...]]:
         block.cotangents_in,
         block.cotangents_out,
         block.gradients,
+        facts.gradients(block.index),
     )
     crossing = tuple(tuple(local(v) for v in border if v not in passing) for border in borders)
     return (description, crossing), tuple(order)

@@ -6,15 +6,19 @@ gives a value that is not at hand. Emission itself is the same for all of them, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, cast
 
 from .analysis import Analysis
 from .blocks import Block
-from .graph import Edge, Operation, Ref
-from .inverse.solve import Solution, solve
+from .drift import Drift, Watch
+from .graph import Edge, Graph, Operation, Ref
+from .inverse import WAITING_BYTES_PER_S, Solution, solve
 from .program import Builder, Program
+
+SMALL = 16  # a residual that is this many times smaller than what a block has anyway is not worth avoiding
 
 
 @dataclass(frozen=True)
@@ -37,22 +41,49 @@ class Segment:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The forward and the backward program, and the values handed from one to the other, in order."""
+    """The forward and the backward program, and the values handed from one to the other, in order.
+
+    Behind the gradients, the backward program returns how far each inverted chain has drifted.
+    """
 
     forward: Program
     backward: Program
     kept: tuple[int, ...]
+    drifts: tuple[Drift, ...] = ()
 
 
 class Unreachable(Exception):
     """A value that the backward pass needs can be neither kept, recomputed nor solved for."""
 
 
-def block_solution(analysis: Analysis, block: Block, kept: Iterable[int] = ()) -> Solution:
-    """Solve a block's input values, and all that its backward pass reads, from its outputs."""
+@dataclass(frozen=True)
+class Inversion:
+    """How a block's inputs, and all that its backward pass reads, follow from its outputs and the kept `residuals`."""
+
+    solution: Solution
+    residuals: tuple[int, ...]
+    missing: tuple[int, ...]
+
+
+def block_inversion(analysis: Analysis, block: Block) -> Inversion:
+    """Solve a block backward; where its outputs alone do not say enough, with small values of it kept beside them."""
     edges = (*analysis.recover(block), *analysis.inverse[block.index])
-    known = {*block.live_out, *analysis.graph.static, *kept, *residue(analysis, block)}
-    return solve(edges, known, (*block.live_in, *block.demanded))
+    known = {*block.live_out, *analysis.graph.static, *residue(analysis, block)}
+    wanted = (*block.live_in, *block.demanded)
+    found = solve(edges, known, wanted)
+    if not found.missing:
+        return Inversion(found, (), ())
+    reading = [_reading(analysis.graph, value) for value in sorted(_small_values(analysis, block) - known)]
+    found, used = _leanest(edges, reading, known, wanted)
+    return Inversion(found, tuple(sorted(used)), found.missing)
+
+
+def _small_values(analysis: Analysis, block: Block) -> set[int]:
+    """What a block computes that is next to nothing beside its inputs: a mean, a norm, a scale."""
+    graph, charges = analysis.graph, analysis.charges
+    entering = sum(size for _, size in {charges[value] for value in block.live_in})
+    values = {value for edge in (*block.forward, *block.late) for value in edge.gives}
+    return {v for v in values - graph.static if graph.storage_bytes([v]) * SMALL <= entering}
 
 
 def residue(analysis: Analysis, block: Block) -> frozenset[int]:
@@ -75,42 +106,74 @@ def random_residue(analysis: Analysis, edge: Edge) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Spine:
-    """How a block's input cotangents follow from its output cotangents, and what of the forward pass that reads."""
+    """How a block's input cotangents follow from its output cotangents, and what of the forward pass that reads.
+
+    The `fragments` are taken of the cotangents on the way, and wait for the sweep.
+    """
 
     solution: Solution
     residuals: tuple[int, ...]
     missing: tuple[int, ...]
+    fragments: tuple[int, ...] = ()
 
 
-def block_spine(analysis: Analysis, block: Block) -> Spine:
-    """The cheapest spine: reading a value of the forward pass costs its bytes, a bit per element where bits will do."""
-    graph, bandwidth = analysis.graph, 1e9
-    packs = [
-        *analysis.signs[block.index],
-        *(analysis.packs[v] for v in _spine_reads(analysis, block) if v in analysis.packs),
-    ]
+def block_spine(analysis: Analysis, block: Block, fragments: Sequence[int] = ()) -> Spine:
+    """The cheapest spine: reading a value of the forward pass costs its bytes, a bit per element where bits will do.
+
+    On its way it takes the `fragments` that the block's sweep wants.
+    """
+    graph, reads = analysis.graph, _spine_reads(analysis, block)
+    packs = [*analysis.signs[block.index], *(analysis.packs[v] for v in reads if v in analysis.packs)]
     packs += [analysis.packs[v] for e in analysis.shortcuts[block.index] for v in e.needs if v in analysis.packs]
     packs = list({pack.kept: pack for pack in packs}.values())
-    readable = {*(pack.kept for pack in packs), *_spine_reads(analysis, block)}
-    reading = [
-        Edge((v,), (), (), (), "residual", seconds=graph.values[graph.values[v].storage].bytes / bandwidth)
-        for v in readable
-    ]
     edges = (
-        *reading,
         *(pack.decode for pack in packs),
         *block.backward,
         *analysis.shortcuts[block.index],
+        *analysis.fragments[block.index],
     )
-    found = solve(edges, {*block.cotangents_in, *graph.static}, block.cotangents_out)
-    residuals = [edge.gives[0] for edge in found.program(block.cotangents_out)] if not found.missing else []
-    used = {value for value in residuals if found.edge[value].label == "residual"}
-    return Spine(found, tuple(sorted(used)), found.missing)
+    reading = [_reading(graph, value) for value in sorted({*(pack.kept for pack in packs), *reads})]
+    known, wanted = {*block.cotangents_in, *graph.static}, (*block.cotangents_out, *fragments)
+    found, used = _leanest(edges, reading, known, wanted)
+    return Spine(found, tuple(sorted(used)), found.missing, tuple(fragments))
+
+
+def _reading(graph: Graph, value: int) -> Edge:
+    """Having a value of the forward pass at hand, at the price of its bytes."""
+    seconds = graph.values[graph.values[value].storage].bytes / WAITING_BYTES_PER_S
+    return Edge((value,), (), (), (), "residual", seconds=seconds)
+
+
+def _leanest(
+    edges: Sequence[Edge], reading: Sequence[Edge], known: Set[int], wanted: Sequence[int]
+) -> tuple[Solution, tuple[int, ...]]:
+    """The solution that reads little, and what it reads.
+
+    The engine weighs each path alone and does not see that two of them read different things. So it is asked again
+    without each of the heavier ones, as long as that makes the whole cheaper.
+    """
+
+    def attempt(barred: Set[int]) -> tuple[float, Solution, list[Edge]]:
+        allowed = [edge for edge in reading if edge.gives[0] not in barred]
+        found = solve((*allowed, *edges), known, wanted)
+        program = [] if found.missing else found.program(wanted)
+        seconds = math.inf if found.missing else sum(edge.seconds for edge in program)
+        return seconds, found, [edge for edge in program if edge.label == "residual"]
+
+    barred: frozenset[int] = frozenset()
+    best = attempt(barred)
+    read = sorted(best[2], key=lambda edge: -edge.seconds)
+    heavy = [edge.gives[0] for edge in read if edge.seconds * SMALL >= read[0].seconds]
+    for value in heavy if len(heavy) > 1 else ():
+        leaner = attempt(barred | {value})
+        if leaner[0] < best[0]:
+            barred, best = barred | {value}, leaner
+    return best[1], tuple(edge.gives[0] for edge in best[2])
 
 
 def _spine_reads(analysis: Analysis, block: Block) -> set[int]:
     graph = analysis.graph
-    edges = (*block.backward, *analysis.shortcuts[block.index])
+    edges = (*block.backward, *analysis.shortcuts[block.index], *analysis.fragments[block.index])
     return {
         v
         for e in edges
@@ -131,15 +194,33 @@ def block_sweep(analysis: Analysis, block: Block) -> Solution:
         *analysis.vijp[block.index],
         *(edge for edge in analysis.shortcuts[block.index] if all(value < original for value in edge.needs)),
     )
-    known = {*block.live_in, *block.cotangents_out, *analysis.graph.static, *residue(analysis, block)}
-    return solve(edges, known, (*block.live_out, *block.cotangents_in, *block.gradients))
+    taken = _taken_values(analysis, block.index)
+    known = {*block.live_in, *block.cotangents_out, *analysis.graph.static, *residue(analysis, block), *taken}
+    return solve(edges, known, swept(block))
+
+
+def swept(block: Block) -> tuple[int, ...]:
+    """What the sweep of a block has to give."""
+    return (*block.live_out, *block.cotangents_in, *block.gradients)
+
+
+def wanted_fragments(analysis: Analysis, block: Block, sweep: Solution) -> tuple[int, ...]:
+    """The fragments that a block's sweep reads."""
+    if sweep.missing:
+        return ()
+    read = {value for edge in sweep.program(swept(block)) for value in edge.needs}
+    return tuple(value for value in _taken_values(analysis, block.index) if value in read)
+
+
+def _taken_values(analysis: Analysis, index: int) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(value for edge in analysis.fragments[index] for value in edge.gives))
 
 
 def block_passing(analysis: Analysis, block: Block) -> frozenset[int]:
     """Forward values and cotangents that are alive before and behind a block, and that no edge of it touches."""
     index = block.index
     own = (block.forward, block.late, block.backward)
-    rules = (analysis.inverse[index], analysis.vijp[index], analysis.shortcuts[index])
+    rules = (analysis.inverse[index], analysis.vijp[index], analysis.shortcuts[index], analysis.fragments[index])
     touched = {v for edges in (*own, *rules) for edge in edges for v in (*edge.needs, *edge.gives)}
     through = {*block.live_in}.intersection(block.live_out) | {*block.cotangents_in}.intersection(block.cotangents_out)
     return frozenset(through - touched)
@@ -149,13 +230,17 @@ class Facts:
     """The solutions of single blocks, computed when first asked for.
 
     `reuse` says that the programs will be lowered with results written over dying operands, `workspace` what an
-    operation holds within its call.
+    operation holds within its call, `freed` which gradients are used up where they are produced.
     """
 
     def __init__(
-        self, analysis: Analysis, reuse: bool = False, workspace: Callable[[Operation], int] | None = None
+        self,
+        analysis: Analysis,
+        reuse: bool = False,
+        workspace: Callable[[Operation], int] | None = None,
+        freed: frozenset[int] = frozenset(),
     ) -> None:
-        self.analysis, self.reuse, self.workspace = analysis, reuse, workspace
+        self.analysis, self.reuse, self.workspace, self.freed = analysis, reuse, workspace, freed
         self._cache: dict[tuple[str, int], Any] = {}
 
     def _once(self, kind: str, index: int, function: Callable[[Analysis, Block], Any]) -> Any:
@@ -163,14 +248,21 @@ class Facts:
             self._cache[kind, index] = function(self.analysis, self.analysis.blocks[index])
         return self._cache[kind, index]
 
-    def inversion(self, index: int) -> Solution:
-        return cast(Solution, self._once("inversion", index, block_solution))
+    def inversion(self, index: int) -> Inversion:
+        return cast(Inversion, self._once("inversion", index, block_inversion))
 
     def spine(self, index: int) -> Spine:
-        return cast(Spine, self._once("spine", index, block_spine))
+        return cast(Spine, self._once("spine", index, self._spine))
+
+    def _spine(self, analysis: Analysis, block: Block) -> Spine:
+        return block_spine(analysis, block, wanted_fragments(analysis, block, self.sweep(block.index)))
 
     def sweep(self, index: int) -> Solution:
         return cast(Solution, self._once("sweep", index, block_sweep))
+
+    def gradients(self, index: int) -> list[int]:
+        """The gradients of a block that add up until the end of the step."""
+        return [value for value in self.analysis.blocks[index].gradients if value not in self.freed]
 
     def passing(self, span: Iterable[int]) -> frozenset[int]:
         """The values that only pass through some blocks: alive on both sides, and touched by none of them."""
@@ -181,13 +273,20 @@ class BackwardEmitter:
     """Emits segments, last to first. `kept` values and `given` ones (cotangents, borders) are arguments when read."""
 
     def __init__(
-        self, facts: Facts, kept: Iterable[int], given: Iterable[int], span: Iterable[int] | None = None
+        self,
+        facts: Facts,
+        kept: Iterable[int],
+        given: Iterable[int],
+        span: Iterable[int] | None = None,
+        watching: bool = False,
     ) -> None:
         self.facts, self.analysis, self.graph = facts, facts.analysis, facts.analysis.graph
         self.builder = Builder(self.graph)
         self.kept, self.given = frozenset(kept), frozenset(given)
         self.kept |= {self.analysis.packs[value].kept for value in self.kept if value in self.analysis.packs}
         self.routes: dict[int, Edge] = {}
+        self.watching = watching
+        self.drifts: list[tuple[Drift, int]] = []  # with the slot of each
         self.default = self._forward_routes(range(len(self.analysis.blocks)) if span is None else span)
 
     def _forward_routes(self, span: Iterable[int]) -> Mapping[int, Edge]:
@@ -238,13 +337,36 @@ class BackwardEmitter:
         if segment.inner:
             self._nested(segment)
             return
+        watched = self._watched(segment, segment.span, 0) if segment.strategy == "invert" else None
         for index in reversed(segment.span):
             block = self.analysis.blocks[index]
             if segment.strategy == "invert":
-                found = self.facts.inversion(index)
-                self.routes.update(found.edge)
+                self._follow(self.facts.inversion(index).solution)
                 self.ensure(block.live_in, index)
+            if watched is not None and watched[0] == index:
+                self.builder.input(watched[1].kept)
+                self._compare(segment, watched[1])
             self._backward(block)
+
+    def _watched(self, segment: Segment, order: Iterable[int], which: int) -> tuple[int, Watch] | None:
+        """The first watch on what a chain recovers: what is kept or given anyway is not recovered."""
+        if not self.watching:
+            return None
+        for index in order:
+            watch = self.analysis.watches[index][which]
+            if watch is not None and watch.value not in self.kept | self.given:
+                return index, watch
+        return None
+
+    def _compare(self, segment: Segment, watch: Watch) -> None:
+        """As part of the block in front of the chain: the chain's own blocks stay alike, and are compiled once."""
+        self.builder.emit(watch.compare, max(segment.first - 1, 0))
+        slot = self.builder.environment[watch.drift]
+        self.drifts.append((Drift(segment.strategy, segment.first, segment.last), slot))
+
+    def _follow(self, solution: Solution) -> None:
+        """What the solution reads of kept values are arguments; the rest is computed as it says."""
+        self.routes.update({value: edge for value, edge in solution.edge.items() if edge.label != "residual"})
 
     def _nested(self, segment: Segment) -> None:
         """Forward again, holding only what the inner segments keep; then these, from last to first."""
@@ -274,10 +396,16 @@ class BackwardEmitter:
         blocks = [self.analysis.blocks[index] for index in segment.span]
         leaving = {*blocks[0].cotangents_out}
         before = set(self.builder.environment)
+        watched = self._watched(segment, reversed(segment.span), 1)
         for block in reversed(blocks):
-            spine = self.facts.spine(block.index).solution.edge
-            self.routes.update({value: edge for value, edge in spine.items() if edge.label != "residual"})
-            self.ensure(block.cotangents_out, block.index)
+            if watched is not None and watched[0] == block.index:
+                self.ensure([watched[1].value], block.index)
+                self.builder.emit(watched[1].sample, min(segment.last + 1, len(self.analysis.blocks) - 1))
+                leaving.add(watched[1].kept)
+            spine = self.facts.spine(block.index)
+            self._follow(spine.solution)
+            self.ensure((*block.cotangents_out, *spine.fragments), block.index)
+            leaving.update(spine.fragments)
         inside = (set(self.builder.environment) - before) | {*blocks[-1].cotangents_in}
         self.builder.forget(inside - leaving)
 
@@ -288,6 +416,10 @@ class BackwardEmitter:
             self.routes.update(self.facts.sweep(block.index).edge)
         for block in blocks:
             self.ensure(block.gradients, block.index)
+        watched = self._watched(segment, reversed(segment.span), 1)
+        if watched is not None:
+            self.ensure([watched[1].value], watched[0])
+            self._compare(segment, watched[1])
 
 
 class ForwardEmitter:
@@ -302,6 +434,7 @@ class ForwardEmitter:
         definition = dict(self.graph.definition)
         for pack in (*self.analysis.packs.values(), *(p for packs in self.analysis.signs for p in packs)):
             definition[pack.kept] = pack.encode
+        definition |= {watch.kept: watch.sample for watch, _ in self.analysis.watches if watch is not None}
         stack, edges = sorted(kept), {}
         while stack:
             value = stack.pop()
@@ -369,7 +502,7 @@ def emit(facts: Facts, segments: Sequence[Segment], sweeps_last: bool = False) -
     analysis, graph = facts.analysis, facts.analysis.graph
     kept = {value for segment in segments for value in segment.kept}
     given = {*graph.tangents, *graph.output_values}
-    emitter = BackwardEmitter(facts, kept, given)
+    emitter = BackwardEmitter(facts, kept, given, watching=True)
     waiting = []
     for segment in reversed(segments):
         if sweeps_last and segment.strategy == "moonwalk":
@@ -385,11 +518,11 @@ def emit(facts: Facts, segments: Sequence[Segment], sweeps_last: bool = False) -
             emitter.ensure(edge.needs, 0)
             emitter.builder.emit(edge, 0)
     tangents = list(graph.tangents)
-    gradients = _resolve(graph.gradients, emitter.builder)
-    handed = [value for value in emitter.builder.read_inputs(gradients) if value not in set(tangents)]
-    backward = emitter.builder.finish(gradients, [*handed, *tangents])
+    results = (*_resolve(graph.gradients, emitter.builder), *(Ref(slot) for _, slot in emitter.drifts))
+    handed = [value for value in emitter.builder.read_inputs(results) if value not in set(tangents)]
+    backward = emitter.builder.finish(results, [*handed, *tangents])
     forward = emit_forward(analysis, handed)
-    return Schedule(forward, backward, tuple(handed))
+    return Schedule(forward, backward, tuple(handed), tuple(drift for drift, _ in emitter.drifts))
 
 
 def emit_forward(analysis: Analysis, handed: Sequence[int]) -> Program:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 Stage = Literal["forward", "late", "backward"]
 Role = Literal["parameter", "buffer", "input", "tangent", "computed"]
-Kind = Literal["forward", "inverse", "codec"]
+Kind = Literal["forward", "inverse", "codec", "fragment"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +147,15 @@ class Graph:
 
     @cached_property
     def static(self) -> frozenset[int]:
-        """Free values and their views (`weight.t()`): available everywhere, at no bytes and no time."""
+        """Free values and their views (`weight.t()`): available everywhere, at no bytes and no time.
+
+        So are constants (`eye`, `arange`), which are made again where they are read: shared by all layers, they would
+        cross every border between them.
+        """
         known = set(self.free)
         for edge in self.edges:
-            if edge.stage != "backward" and edge.is_view and not edge.effect and known.issuperset(edge.needs):
+            cheap = edge.is_view or not (edge.needs or edge.random)
+            if edge.stage != "backward" and cheap and not edge.effect and known.issuperset(edge.needs):
                 known.update(edge.gives)
         return frozenset(known)
 

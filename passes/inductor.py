@@ -101,11 +101,17 @@ def lower(
 
 @functools.cache
 def warm_up() -> Future[Any]:
-    """Start what Inductor does once per process on a CPU: it compiles test programs to learn the vector instructions.
+    """Start what Inductor does once per process on a CPU: it compiles test programs to learn the vector instructions,
+    and preprocesses its header.
 
     That takes seconds in which this process only waits, so it begins while the step is still being planned.
     """
-    return ThreadPoolExecutor(1).submit(pick_vec_isa)
+    return ThreadPoolExecutor(1).submit(_compile_nothing)
+
+
+def _compile_nothing() -> None:
+    pick_vec_isa()
+    AsyncCompile().cpp_pybinding(["float*"], 'extern "C" void kernel(float* nothing) {}')
 
 
 @contextlib.contextmanager

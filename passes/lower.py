@@ -54,14 +54,14 @@ def boxed_eager(module: fx.GraphModule) -> Boxed:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     function: Boxed
     arguments: tuple[int, ...]
     dying: tuple[int, ...]
     results: tuple[int, ...]
 
 
-def boxed_sequence(program: Program, calls: Sequence[_Call]) -> Boxed:
+def boxed_sequence(program: Program, calls: Sequence[Call]) -> Boxed:
     """The straight-line outer program: calls pieces, handing over the last reference to what dies in them."""
     inputs = [slot for slot, _ in program.inputs]
     outputs = tuple(program.outputs)
@@ -137,19 +137,25 @@ class Lowerer:
         pieces = cut_pieces(self.analysis, program, groups)
         if len(program.instructions) <= FEW or 2 * len({piece.key for piece in pieces}) > len(pieces):
             pieces = cut_pieces(self.analysis, program, [program.instructions])
+        calls, lowered = self.calls(program, pieces, 0 if is_backward else len(pieces))
+        timeline = replay_pieces(self.analysis, program, pieces, lowered, pinned)
+        return Half(boxed_sequence(program, calls), timeline, len({piece.key for piece in pieces}))
+
+    def calls(self, program: Program, pieces: Sequence[Piece], backward: int) -> tuple[list[Call], list[Lowered]]:
+        """Lower pieces, those from number `backward` on as parts of a backward pass."""
         calls, lowered = [], []
         fakes = {slot: self.analysis.fakes[value] for slot, value in program.inputs}
         ownership = Ownership()
         for number, piece in enumerate(pieces):
+            is_backward = number >= backward
             donated = ownership.owned(piece, fakes) if is_backward else ()
             done = self._compile(piece, is_backward, fakes, donated)
             lowered.append(done)
             fakes.update(self._results(piece, done))
             ownership.update(number, piece, done)
             dying = tuple(piece.arguments[place] for place in piece.dying)
-            calls.append(_Call(done.call, piece.arguments, dying, piece.results))
-        timeline = replay_pieces(self.analysis, program, pieces, lowered, pinned)
-        return Half(boxed_sequence(program, calls), timeline, len({piece.key for piece in pieces}))
+            calls.append(Call(done.call, piece.arguments, dying, piece.results))
+        return calls, lowered
 
     def _compile(self, piece: Piece, is_backward: bool, fakes: Mapping[int, Any], donated: tuple[int, ...]) -> Lowered:
         arguments = {slot: fakes[slot] for slot in piece.arguments}

@@ -169,7 +169,7 @@ class MoveMaker:
             forward_s=sum(edge.seconds for edge in block.forward),
             border=sum(size for _, size in {analysis.charges[value] for value in entering}),
             drawn=checkpoint.own if checkpoint else 0,
-            gradients=sum(size for _, size in {analysis.charges[value] for value in block.gradients}),
+            gradients=sum(size for _, size in {analysis.charges[value] for value in self.facts.gradients(index)}),
             keeps=tuple(move.cost for move in self._keep_moves(index)) if "keep" in self.strategies else (),
         )
 
@@ -200,17 +200,23 @@ class MoveMaker:
         block = self.analysis.blocks[index]
         kept = self.residues[index]
         if strategy == "invert":
-            if not block.live_in or self.facts.inversion(index).missing:
+            inversion = self.facts.inversion(index)
+            if not block.live_in or inversion.missing:
                 return None
+            kept |= frozenset(inversion.residuals)
         else:
-            if "invert" in self.strategies and not self.missing("invert", index):
+            if "invert" in self.strategies and self._inverts_for_nothing(index):
                 return None  # keeps more and computes more than inverting the same block
-            if not block.cotangents_out or self.facts.spine(index).missing or self.facts.sweep(index).missing:
+            if not block.cotangents_out or self.facts.sweep(index).missing or self.facts.spine(index).missing:
                 return None
             kept |= frozenset(self.facts.spine(index).residuals) | frozenset(block.live_in)
         segment = Segment(index, index, strategy, kept)
         cost = self._cost(strategy, segment)
         return None if cost is None else (segment, cost)
+
+    def _inverts_for_nothing(self, index: int) -> bool:
+        inversion = self.facts.inversion(index)
+        return not inversion.missing and not inversion.residuals
 
     def _certificate(self, strategy: str, index: int) -> Certificate:
         return self.certificates.get((strategy, index), TRUSTED)
@@ -257,6 +263,7 @@ def _continued(last: Cost, before: Cost) -> Cost:
         forward_peak=2 * last.forward_peak - before.forward_peak,
         backward_peak=2 * last.backward_peak - before.backward_peak,
         seconds=2 * last.seconds - before.seconds,
+        fragments=2 * last.fragments - before.fragments,
     )
 
 
@@ -272,14 +279,15 @@ def _joined(strategy: str, front: Cost, back: Cost) -> Cost:
             backward_peak=max(front.backward_peak, back.backward_peak + front.kept),
             seconds=front.seconds + back.seconds,
         )
-    residuals = back.own
-    working = max(front.backward_peak - front.kept, back.backward_peak - back.kept)
+    residuals, fragments = back.own, front.fragments + back.fragments
+    working = max(cost.backward_peak - cost.kept - cost.fragments for cost in (front, back))
     return Cost(
         own=front.own + residuals,
         border_in=front.border_in,
         covers_in=front.covers_in,
         covers_out=False,
         forward_peak=max(front.forward_peak, back.forward_peak - back.border_in + front.kept),
-        backward_peak=front.kept + residuals + working,
+        backward_peak=front.kept + residuals + fragments + working,
         seconds=front.seconds + back.seconds,
+        fragments=fragments,
     )

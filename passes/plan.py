@@ -8,8 +8,9 @@ plan that is returned has been emitted and simulated operation by operation, and
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,13 +19,16 @@ import numpy as np
 from .certificates import INVERTED, Certificate, chain_error
 from .cost import base_name, operation_seconds
 from .costs import backward_program
-from .emit import Facts, Schedule, Segment, emit
+from .emit import Facts, Schedule, Segment, Unreachable, emit
 from .fronts import FRONT, Floats, Front, Table, column, extend, start
 from .liveness import Timeline
 from .moves import Move, MoveMaker
 from .reuse import simulated
 
 CLOSE = 0.002  # part of a budget that is not worth another round
+HARDLY = 0.01  # part of a step's time that a plan of fewer segments may take longer
+REACH = 8  # blocks behind a chain over which it may be grown
+TRIALS = 4  # such plans that are simulated
 
 
 class NoPlan(Exception):
@@ -47,8 +51,14 @@ class Planned:
         return max(self.forward.peak, self.backward.peak)
 
 
+Measure = Callable[[Facts, tuple[Segment, ...], Schedule, float], Planned]  # of an emitted plan
+
+
 class Planner:
-    """Prepares the moves of a step once, then answers for any budget."""
+    """Prepares the moves of a step once, then answers for any budget.
+
+    `measure` simulates emitted plans (default: `measure_schedule`, forward and backward as two programs).
+    """
 
     def __init__(
         self,
@@ -56,8 +66,10 @@ class Planner:
         strategies: Sequence[str] = ("keep", "checkpoint", "invert", "moonwalk"),
         certificates: Mapping[tuple[str, int], Certificate] | None = None,
         tolerance: float = math.inf,
+        measure: Measure | None = None,
     ) -> None:
         self.facts, self.analysis = facts, facts.analysis
+        self.measure = measure or measure_schedule
         self.maker = MoveMaker(facts, strategies, tolerance)
         self.maker.certificates.update(certificates or {})
         self.later_gradients = self._later_gradients()
@@ -125,7 +137,7 @@ class Planner:
         total, later = 0, []
         for block in reversed(self.analysis.blocks):
             later.append(total)
-            total += sum(size for _, size in {self.analysis.charges[v] for v in block.gradients})
+            total += sum(size for _, size in {self.analysis.charges[v] for v in self.facts.gradients(block.index)})
         return later[::-1]
 
     # -- what a plan is asked about ---------------------------------------------------------------------------------
@@ -208,13 +220,54 @@ class Planner:
         orders = (False, True) if any(s.strategy == "moonwalk" and s.first for s in segments) else (False,)
         schedules = (emit(self.facts, segments, sweeps_last) for sweeps_last in orders)
         return min(
-            (measure_schedule(self.facts, segments, schedule, error) for schedule in schedules), key=lambda p: p.peak
+            (self.measure(self.facts, segments, schedule, error) for schedule in schedules), key=lambda p: p.peak
         )
 
     def arranged(self, segments: Iterable[Segment]) -> Planned:
         """Emit and simulate segments that someone else has chosen."""
         segments = tuple(segments)
-        return measure_schedule(self.facts, segments, emit(self.facts, segments))
+        return self.measure(self.facts, segments, emit(self.facts, segments), 0.0)
+
+    def tidied(self, planned: Planned, peak: float, seconds: float) -> Planned:
+        """A plan of fewer segments that is hardly slower and within both bounds, or the same one.
+
+        The search fills what room is left at the ends of an inverted chain with segments of all kinds. Each kind is
+        code of its own to compile and a row to read, for a fraction of a percent of time.
+        """
+        seconds = min(seconds, planned.seconds * (1 + HARDLY))
+        fewer = [c for c in self._widened(planned.segments) if len(c) < len(planned.segments)]
+        for segments in sorted(fewer, key=len)[:TRIALS]:
+            with contextlib.suppress(Unreachable):
+                found = self.arranged(segments)
+                if found.peak <= peak and found.seconds <= seconds:
+                    return replace(found, error=planned.error)
+        return planned
+
+    def _widened(self, segments: Sequence[Segment]) -> Iterator[tuple[Segment, ...]]:
+        """The plan with one of its inverted chains grown at both ends, over what stands there or a checkpoint of it."""
+        for chain in segments:
+            if chain.strategy not in INVERTED:
+                continue
+            for last in range(chain.last, min(chain.last + REACH, len(self.moves))):
+                grown = [m.segment for m in self.moves[last] if m.segment.strategy == chain.strategy]
+                core = min(grown, key=lambda segment: segment.first, default=chain)
+                if core.first <= chain.first:
+                    front, back = self._outside(segments, core)
+                    yield (*front, core, *back)
+                    if back:
+                        yield (*front, core, self.maker.checkpoint(core.last + 1, len(self.moves) - 1))
+
+    def _outside(self, segments: Sequence[Segment], core: Segment) -> tuple[list[Segment], list[Segment]]:
+        """What a plan has in front of a chain and behind it; what the chain covers in part becomes a checkpoint."""
+        front = [s for s in segments if s.last < core.first]
+        back = [s for s in segments if s.first > core.last]
+        before = front[-1].last + 1 if front else 0
+        behind = (back[0].first if back else len(self.moves)) - 1
+        if before < core.first:
+            front.append(self.maker.checkpoint(before, core.first - 1))
+        if core.last < behind:
+            back.insert(0, self.maker.checkpoint(core.last + 1, behind))
+        return front, back
 
     @cached_property
     def plain(self) -> Planned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,5 +62,6 @@ def _add_instruction(
 def to_halves(analysis: Analysis, schedule: Schedule, root: torch.nn.Module) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The forward module (outputs, then what is kept) and the backward module (what is kept, then tangents)."""
     forward = to_module(analysis, schedule.forward, root, "MoonwalkForward")
-    backward = to_module(analysis, schedule.backward, root, "MoonwalkBackward")
+    gradients = schedule.backward.outputs[: len(analysis.graph.gradients)]
+    backward = to_module(analysis, replace(schedule.backward, outputs=gradients), root, "MoonwalkBackward")
     return forward, backward

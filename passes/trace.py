@@ -36,12 +36,16 @@ def call_of(node: fx.Node) -> Call | None:
 
 
 def may_borrow(node: fx.Node) -> bool:
-    """Pointwise operations on one type need no memory of their own; of several, CPU kernels copy operands to one."""
+    """Pointwise operations on one type need no memory of their own; of several, CPU kernels copy operands to one.
+
+    Losses are tagged pointwise too: where one number comes out, what it is the mean of has been held meanwhile.
+    """
     if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
         return True
     operands = [tensor for argument in node.all_input_nodes for tensor in tensors_of(argument.meta.get("val"))]
-    kinds = {(tensor.dtype, tensor.device) for tensor in (*operands, *tensors_of(node.meta.get("val")))}
-    return len(kinds) != 1
+    results = tensors_of(node.meta.get("val"))
+    kinds = {(tensor.dtype, tensor.device) for tensor in (*operands, *results)}
+    return len(kinds) != 1 or max(t.numel() for t in operands) > min(t.numel() for t in results)
 
 
 class Recorder:

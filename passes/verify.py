@@ -42,9 +42,9 @@ def _in_order(name: str, program: Program) -> None:
 
 def _complete(analysis: Analysis, schedule: Schedule) -> None:
     graph = analysis.graph
-    for wanted, given in ((graph.gradients, schedule.backward.outputs),):
-        if len(wanted) != len(given):
-            raise VerificationError(f"{len(wanted)} gradients are wanted, {len(given)} are produced")
+    given = len(schedule.backward.outputs) - len(schedule.drifts)
+    if len(graph.gradients) != given:
+        raise VerificationError(f"{len(graph.gradients)} gradients are wanted, {given} are produced")
     if len(schedule.forward.outputs) != len(graph.outputs) + len(schedule.kept):
         raise VerificationError("the forward program does not hand over what the backward program takes")
     tangents = [value for _, value in schedule.backward.inputs[len(schedule.kept) :]]

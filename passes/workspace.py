@@ -125,10 +125,12 @@ def _measure(operation: Any, args: Any, kwargs: Any, threads: int) -> int:
         device = next(t.device for t in tree_leaves((real, named)) if isinstance(t, torch.Tensor))
         try:
             operation(*real, **named)  # once beforehand: libraries keep what they set up at first use
-            _, top, end = watched(lambda: operation(*real, **named), device)
+            result, top, end = watched(lambda: operation(*real, **named), device)
         except (RuntimeError, ValueError, TypeError) as error:
             raise ProfileUnknown(f"cannot measure the workspace of {operation}: {error}") from error
-    return top - end
+    # A loss is returned in the memory of the elements that it is the mean of: more than its own bytes.
+    own = sum(t.numel() * t.itemsize for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+    return top - min(end, own)
 
 
 class ProfilerBusy(RuntimeError):

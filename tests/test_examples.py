@@ -3,18 +3,20 @@
 import runpy
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 import moonwalk_compile
-from examples import flow, gpt, lipschitz, reversible
+from examples import flow, gpt, lipschitz, reversible, revnet
 from examples.training import train
 
 FOLDER = Path(gpt.__file__).parent
-EXAMPLES = (flow, gpt, lipschitz, reversible)
+EXAMPLES = (flow, gpt, lipschitz, reversible, revnet)
 
 SMALL_REVERSIBLE = {"blocks": 4, "half": 16, "batch": 4, "tokens": 64}
+SMALL_REVNET = {"blocks": 1, "channels": 4, "size": 8, "batch": 32}
 SMALL_LIPSCHITZ = {"layers": 8, "width": 32, "batch": 256}
 CASES = {
     "additive": (reversible, SMALL_REVERSIBLE, 3e-3),
@@ -26,8 +28,23 @@ CASES = {
     "maxmin": (lipschitz, {**SMALL_LIPSCHITZ, "activation": "maxmin"}, 3e-4),
     "leaky-relu": (lipschitz, {**SMALL_LIPSCHITZ, "activation": "leaky_relu", "layers": 3}, 1e-3),
     "parametrized": (lipschitz, {**SMALL_LIPSCHITZ, "parametrized": True}, 3e-4),
+    "revnet": (revnet, SMALL_REVNET, 3e-3),
     "flow": (flow, {"couplings": 6, "hidden": 16, "batch": 256}, 3e-3),
 }
+
+
+@pytest.fixture(autouse=True)
+def digits(monkeypatch):
+    """Stands in for scikit-learn: each digit is a bar at its own place, in noise."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.arange(100) % 10
+    images = 4 * torch.rand(100, 8, 8, generator=generator)
+    images.flatten(1)[torch.arange(100)[:, None], 6 * target[:, None] + torch.arange(6)] += 12
+    data = SimpleNamespace(images=images.double().numpy(), target=target.numpy())
+    module = ModuleType("sklearn.datasets")
+    module.load_digits = lambda: data
+    monkeypatch.setitem(sys.modules, "sklearn", ModuleType("sklearn"))
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", module)
 
 
 def need_compiler():
@@ -78,6 +95,27 @@ def test_lipschitz_keeps_distances_from_growing(activation):
     y = model(x)
     before, after = torch.dist(x[:128], x[128:]), torch.dist(y[:128], y[128:])
     assert after <= before * (1 + 1e-5)
+
+
+def test_revnet_keeps_all_but_the_last_layer_invertible():
+    torch.manual_seed(0)
+    model, (x,) = revnet.build(**SMALL_REVNET)
+    y = model[:-1](x)
+    assert y.shape == (32, x[0].numel())
+    images, labels = next(revnet.batches(x))
+    assert images.shape == x.shape
+    assert images.is_contiguous()
+    assert labels.shape == (32,)
+    block = model[0]
+    y1, y2 = block(x).chunk(2, dim=1)
+    x2 = y2 - block.g(y1)
+    torch.testing.assert_close(torch.cat([y1 - block.f(x2), x2], dim=1), x)
+
+
+def test_the_digits_need_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match="scikit-learn"):
+        revnet.digits()
 
 
 def test_gpt_returns_logits_without_targets():

@@ -42,6 +42,7 @@ def wheel(tmp_path_factory) -> Path:
 def test_files(wheel):
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     own = [path.relative_to(ROOT).as_posix() for path in PACKAGE.glob("*.py")]
+    own += [path.relative_to(ROOT).as_posix() for path in (PACKAGE / "algorithms").glob("*.py")]
     passes = [f"moonwalk_compile/{path.relative_to(ROOT).as_posix()}" for path in PASSES.rglob("*.py")]
     assert sorted(names) == sorted(own + passes)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .edges import CUSTOM, RULES, inverse_edges, make_call
+from .edges import CUSTOM, RULES, WAITING_BYTES_PER_S, inverse_edges, make_call
 from .residuals import packing_of_reader, packing_of_value
 from .rule import Call, Packing, Recipe, Region, Rule
 from .solve import Solution, solve
@@ -10,6 +10,7 @@ from .solve import Solution, solve
 __all__ = [
     "CUSTOM",
     "RULES",
+    "WAITING_BYTES_PER_S",
     "Call",
     "Packing",
     "Recipe",

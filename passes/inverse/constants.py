@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..capture import Capture
 from ..graph import Edge, Ref
-from .regions import RegionReader
+from .regions import Reader
 from .rule import Region
 
 LARGEST = 2**16  # elements of a constant that is looked at
@@ -69,7 +69,7 @@ def divides_by_mask(capture: Capture, constants: Constants, edge: Edge) -> bool:
 def constant_regions(capture: Capture, constants: Constants) -> Iterator[Region]:
     """The regions of the joint graph that rest on `constants`."""
     if constants.listed or constants.masks:
-        reader = RegionReader(capture)
+        reader = Reader(capture)
         yield from _gathered(reader, constants)
         yield from _written(reader, constants)
         yield from _mixtures(reader, constants)
@@ -88,7 +88,7 @@ class _Part:
     indices: tuple[int, ...]
 
 
-def _place(reader: RegionReader, edge: Edge) -> tuple[int, int] | None:
+def _place(reader: Reader, edge: Edge) -> tuple[int, int] | None:
     """The dimension and the index tensor of `index`, `index_put` (one index) or `index_select`."""
     args = reader.args(edge)
     if edge.label == "index_select":
@@ -99,7 +99,7 @@ def _place(reader: RegionReader, edge: Edge) -> tuple[int, int] | None:
     return found[0] if len(found) == 1 and len(found) == sum(item is not None for item in listed) else None
 
 
-def _part(reader: RegionReader, constants: Constants, edge: Edge, value: int | None) -> _Part | None:
+def _part(reader: Reader, constants: Constants, edge: Edge, value: int | None) -> _Part | None:
     place, whole = _place(reader, edge), reader.value(edge, 0)
     if place is None or whole is None or value is None or not reader.shape(whole):
         return None
@@ -108,7 +108,7 @@ def _part(reader: RegionReader, constants: Constants, edge: Edge, value: int | N
     return None if indices is None else _Part(value, dim, place[1], indices)
 
 
-def _gathered(reader: RegionReader, constants: Constants) -> Iterator[Region]:
+def _gathered(reader: Reader, constants: Constants) -> Iterator[Region]:
     """A value from gathers that together take each of its indices once; a permutation is one such gather."""
     for source in list(reader.uses):
         edges = [
@@ -144,14 +144,14 @@ def _ungather(dim: int, count: int, *tensors: Tensor) -> Tensor:
     return torch.cat(pieces, dim).index_select(dim, order)
 
 
-def _written(reader: RegionReader, constants: Constants) -> Iterator[Region]:
+def _written(reader: Reader, constants: Constants) -> Iterator[Region]:
     """`y[:, indices] = v` gives v back, from the last of the writes into the same tensor."""
     for edge in reader.edges("index_put"):
         if _next_write(reader, edge.gives[0]) is None:
             yield from _chain_of_writes(reader, constants, edge)
 
 
-def _next_write(reader: RegionReader, value: int) -> Edge | None:
+def _next_write(reader: Reader, value: int) -> Edge | None:
     """The write that goes on from `value`, if nobody else reads it."""
     uses = reader.uses.get(value, [])
     if len(uses) != 1 or value in reader.results or uses[0].label != "index_put":
@@ -159,7 +159,7 @@ def _next_write(reader: RegionReader, value: int) -> Edge | None:
     return uses[0] if reader.value(uses[0], 0) == value else None
 
 
-def _chain_of_writes(reader: RegionReader, constants: Constants, last: Edge) -> Iterator[Region]:
+def _chain_of_writes(reader: Reader, constants: Constants, last: Edge) -> Iterator[Region]:
     """From the last write to the first; what a later one overwrites is lost."""
     whole, later = last.gives[0], set[int]()
     edge: Edge | None = last
@@ -187,7 +187,7 @@ def _pick(dim: int, whole: Tensor, index: Tensor) -> Tensor:
 # -- masks ---------------------------------------------------------------------------------------------------------
 
 
-def _mixtures(reader: RegionReader, constants: Constants) -> Iterator[Region]:
+def _mixtures(reader: Reader, constants: Constants) -> Iterator[Region]:
     """RealNVP with a mask b of zeros and ones: y = b x + (1 - b) f(x), f one elementwise step after the other.
 
     Where b is one, y is x; elsewhere y is f(x).
@@ -208,7 +208,7 @@ def _mixtures(reader: RegionReader, constants: Constants) -> Iterator[Region]:
             yield from _unmixed(reader, source, changed, kept, mask)
 
 
-def _masked_input(reader: RegionReader, constants: Constants, value: int | None) -> tuple[int, int] | None:
+def _masked_input(reader: Reader, constants: Constants, value: int | None) -> tuple[int, int] | None:
     """(b, x) of a product b x with a mask."""
     product = reader.made_by(value, "mul")
     if product is None or len(product.needs) != 2:
@@ -219,7 +219,7 @@ def _masked_input(reader: RegionReader, constants: Constants, value: int | None)
     return (a, b) if a in constants.masks else (b, a) if b in constants.masks else None
 
 
-def _is_complement(reader: RegionReader, value: int | None, mask: int) -> bool:
+def _is_complement(reader: Reader, value: int | None, mask: int) -> bool:
     """1 - b"""
     edge = reader.made_by(value, "rsub")
     return (
@@ -227,11 +227,11 @@ def _is_complement(reader: RegionReader, value: int | None, mask: int) -> bool:
     )
 
 
-def _factors(reader: RegionReader, edge: Edge) -> tuple[int | None, int | None]:
+def _factors(reader: Reader, edge: Edge) -> tuple[int | None, int | None]:
     return reader.value(edge, 0), reader.value(edge, 1)
 
 
-def _under_complement(reader: RegionReader, value: int, mask: int) -> bool:
+def _under_complement(reader: Reader, value: int, mask: int) -> bool:
     """Whether `value` is a product in which 1 - b is a factor, so that it is zero where b is one."""
     product = reader.made_by(value, "mul")
     while product is not None:
@@ -245,7 +245,7 @@ def _under_complement(reader: RegionReader, value: int, mask: int) -> bool:
 _UNDO: dict[str, Callable[..., Tensor]] = {"add": torch.sub, "sub": torch.add, "mul": torch.div, "div": torch.mul}
 
 
-def _unmixed(reader: RegionReader, source: int, changed: int, kept: int, mask: int) -> Iterator[Region]:
+def _unmixed(reader: Reader, source: int, changed: int, kept: int, mask: int) -> Iterator[Region]:
     """x from b x and (1 - b) f(x): undo f step by step, each with its other operand at hand."""
     steps: list[str] = []
     others: list[int] = []
@@ -269,7 +269,7 @@ def _unmixed(reader: RegionReader, source: int, changed: int, kept: int, mask: i
         yield Region((source,), needs, partial(_unmix, tuple(steps)), "inverse of a mixture")
 
 
-def _leads_to(reader: RegionReader, value: int | None, source: int, kept: int, depth: int = 6) -> bool:
+def _leads_to(reader: Reader, value: int | None, source: int, kept: int, depth: int = 6) -> bool:
     """Whether elementwise steps lead from `source` to `value`, past b x."""
     if value == source:
         return True

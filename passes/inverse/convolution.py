@@ -1,91 +1,105 @@
-"""Convolutions whose kernel is as large as their stride: one matrix per patch, and no patch meets another.
+"""Convolutions, forward and backward, transposed or not, in any number of dimensions and groups.
 
-Without padding, dilation and groups, the convolution is *gathering* (C_in k^2 elements of a patch become C_out) and
-its transpose *scattering*. A gathering one is solved by scattering with the pseudo-inverse, and the other way round.
-Its input gradient is the opposite kind. Other convolutions are refused here: even a square 3x3 one has singular values
-of 1e-4, too few digits to solve with.
+A convolution is a linear map A from an image to features (`geometry`). Two questions cover all:
+
+- h from A^T h (the vijp of a convolution, the input of a transposed one): each output, or each cluster of outputs, from
+  taps that it shares with no other (`lattice`, `clusters`); where there are too few, some outputs are kept as a
+  fragment (`scattered` chooses). Or by iteration.
+- x from A x (the input of a convolution, the vijp of a transposed one): one matrix per patch where patches tile the
+  image; or by iteration where there are clearly more features than image elements.
+
+Refused: the input of a square overlapping convolution (singular values of 1e-4). Triangular kernels could be solved by
+substitution, but that a kernel is masked is a matter of values, which no rule sees. Circular convolutions could be
+solved by Fourier transform, but their padding arrives as a score of slices, copies and scatters.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..graph import Ref
-from .linear import left_inverse, right_inverse
+from .geometry import Geometry, geometry_of, left_kernel
+from .iterate import iterated
 from .rule import Call, Recipe, Rule
-
-Solver = Callable[[Tensor, Tensor], Tensor]
-
-
-def _apply(x: Tensor, weight: Tensor, stride: list[int], transposed: bool) -> Tensor:
-    """The convolution by `weight`, or its transpose, without padding and bias."""
-    zero = [0] * len(stride)
-    return torch.ops.aten.convolution(x, weight, None, stride, zero, [1] * len(stride), transposed, zero, 1)
+from .scattered import direct_solver, solver_with_fragment
 
 
-def solve_gathering(y: Tensor, weight: Tensor) -> Tensor:
-    """x from y = W patch(x): `weight` (C_out, C_in, k..) has full column rank as a C_out x C_in k^2 matrix."""
-    solved = left_inverse(weight.flatten(1)).mT  # C_out x C_in k^2, the layout of a transposed convolution
-    return _apply(y, solved.reshape(weight.shape), list(weight.shape[2:]), transposed=True)
+@dataclass(frozen=True)
+class Way:
+    """`function(result, weight, *fragments)` solves for the argument; `take(argument)` gives the fragments."""
+
+    function: Callable[..., Tensor]
+    take: Callable[[Tensor], tuple[Tensor, ...]] | None = None
 
 
-def solve_scattering(y: Tensor, weight: Tensor, stride: list[int]) -> Tensor:
-    """x from y = unpatch(W^T x): `weight` (C, C', k..) has full row rank as a C x C' k^2 matrix."""
-    solved = right_inverse(weight.flatten(1)).mT
-    return _apply(y, solved.reshape(weight.shape), stride, transposed=False)
+def undo_scattering(geometry: Geometry, argument: Tensor, fragments: bool) -> Iterator[Way]:
+    """h from A^T h."""
+    solver = solver_with_fragment(geometry, len(argument)) if fragments else direct_solver(geometry)
+    if solver is not None:
+        take = solver.take
+        yield Way(solver.solve, (lambda h: take(h)) if solver.kept else None)
+    if solver is None or solver.kept:
+        yield from map(Way, iterated(geometry, len(argument), True, argument.dtype))
 
 
-def _solver(patches: Tensor, weight: Tensor, stride: list[int], scattering: bool) -> Solver | None:
-    """The way to solve for a convolution's argument, if shapes allow; `patches` is the tensor on the larger side.
-
-    Gathering from a stride larger than the kernel, or from an image that is no multiple of it, skips elements.
-    """
-    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
-    kernel = list(weight.shape[2:])
-    if scattering:
-        return (lambda y, w: solve_scattering(y, w, stride)) if 0 < rows <= columns else None
-    whole = stride == kernel and all(size % k == 0 for size, k in zip(patches.shape[2:], kernel, strict=True))
-    return solve_gathering if 0 < columns <= rows and whole else None
+def undo_gathering(geometry: Geometry, argument: Tensor) -> Iterator[Way]:
+    """x from A x."""
+    if not _tiles(geometry):
+        yield from map(Way, iterated(geometry, len(argument), False, argument.dtype))
+    elif geometry.columns * math.prod(geometry.kernel) <= geometry.rows:
+        yield Way(lambda y, weight: geometry.scatter(y, left_kernel(weight, geometry.groups)))
 
 
-def _is_patchwise(call: Call, weight: Tensor, first: int) -> bool:
-    """Whether no two patches meet; the geometry (stride, padding, ...) stands from `args[first]` on."""
-    stride, padding, dilation, _, output_padding, groups = call.args[first : first + 6]
-    kernel = list(weight.shape[2:])
-    if len(stride) != len(kernel) or any(padding) or any(output_padding) or groups != 1:
-        return False
-    return all(s >= k and (d == 1 or k == 1) for s, k, d in zip(stride, kernel, dilation, strict=True))
+def _tiles(geometry: Geometry) -> bool:
+    """Whether the patches tile the image with its padding, of which some may be left over at the end."""
+    g = geometry
+    apart = all(k == s and (d == 1 or k == 1) for k, s, d in zip(g.kernel, g.stride, g.dilation, strict=True))
+    sides = zip(g.image, g.features, g.stride, g.padding, strict=True)
+    return apart and all(0 <= n + 2 * p - o * s <= p for n, o, s, p in sides)
 
 
 def convolution(call: Call) -> Iterator[Recipe]:
-    """y = conv(x, weight) + bias: x from y."""
-    x, weight, bias, stride, *_ = call.args
-    source, kernel = call.tensors[x.slot], call.tensors[weight.slot]
-    if source.dim() != kernel.dim() or not _is_patchwise(call, kernel, 3):
+    """y = A x + bias, or A^T x + bias: x from y."""
+    x, weight, bias = call.args[:3]
+    source, kernel, result = call.tensors[x.slot], call.tensors[weight.slot], call.outputs[0]
+    if result is None:
         return
-    solver = _solver(source, kernel, list(stride), scattering=call.args[6])
-    if solver is None:
+    transposed = call.args[6]
+    image, features = (result, source) if transposed else (source, result)
+    geometry = geometry_of(call, kernel, 3, image, features)
+    if geometry is None:
         return
-    if isinstance(bias, Ref):
-        column = [-1] + [1] * (kernel.dim() - 2)
-        yield Recipe((x.slot,), lambda y, w, b: solver(y - b.view(column), w), (weight.slot, bias.slot))
-    else:
-        yield Recipe((x.slot,), solver, (weight.slot,))
+    for way in undo_scattering(geometry, source, False) if transposed else undo_gathering(geometry, source):
+        if isinstance(bias, Ref):
+            yield Recipe((x.slot,), _without_bias(way.function), (weight.slot, bias.slot))
+        else:
+            yield Recipe((x.slot,), way.function, (weight.slot,))
+
+
+def _without_bias(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def solve(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return function(y - bias.view([-1] + [1] * (weight.dim() - 2)), weight)
+
+    return solve
 
 
 def convolution_backward(call: Call) -> Iterator[Recipe]:
     """The output's cotangent from the input gradient, result 0."""
-    h, _, weight, _, stride, *_ = call.args
-    cotangent, kernel = call.tensors[h.slot], call.tensors[weight.slot]
-    if cotangent.dim() != kernel.dim() or not call.args[10][0] or not _is_patchwise(call, kernel, 4):
+    h, _, weight = call.args[:3]
+    cotangent, kernel, gradient = call.tensors[h.slot], call.tensors[weight.slot], call.outputs[0]
+    if gradient is None:
         return
-    solver = _solver(cotangent, kernel, list(stride), scattering=not call.args[7])
-    if solver is not None:
-        yield Recipe((h.slot,), solver, (weight.slot,), (0,))
+    transposed = call.args[7]
+    image, features = (cotangent, gradient) if transposed else (gradient, cotangent)
+    geometry = geometry_of(call, kernel, 4, image, features)
+    if geometry is None:
+        return
+    for way in undo_gathering(geometry, cotangent) if transposed else undo_scattering(geometry, cotangent, True):
+        yield Recipe((h.slot,), way.function, (weight.slot,), (0,), fragment=way.take)
 
 
 RULES: dict[str, Rule] = {"convolution": convolution, "convolution_backward": convolution_backward}

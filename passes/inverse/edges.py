@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,15 +15,20 @@ from torch import Tensor
 from ..capture import Capture
 from ..cost import Device, edge_seconds
 from ..graph import Edge, Graph, Kind, Operation, Stage, refs_in
-from ..trace import trace_operations
-from . import convolution, linear, pointwise, shape
+from ..trace import storage_bytes, trace_operations
+from . import convolution, erasing, linear, normalization, pointwise, pooling, shape
 from .constants import Constants, constant_regions, divides_by_mask
 from .orthogonal import orthogonal_values
+from .rank_one import find_rank_one
 from .regions import find_regions
 from .rule import Call, Recipe, Region, Rule
+from .spine import find_input_gradients
 
-RULES: dict[str, Rule] = {**pointwise.RULES, **shape.RULES, **linear.RULES, **convolution.RULES}
+FAMILIES = (pointwise, erasing, pooling, shape, linear, convolution, normalization)
+RULES: dict[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
 CUSTOM: dict[str, Rule] = {}  # what users have registered, by qualified name
+FRAGILE_SECONDS = 1e3  # the price of a fragile recipe: above that of any sturdy one
+WAITING_BYTES_PER_S = 1e9  # the price of what is kept for the spine, or between spine and sweep
 
 
 def make_call(capture: Capture, edge: Edge, orthogonal: frozenset[int] = frozenset()) -> Call:
@@ -55,12 +62,22 @@ def result_places(edge: Edge) -> list[int]:
 
 
 @dataclass(frozen=True)
+class _Fragment:
+    """How the fragments of a recipe are taken, and what they look like."""
+
+    operations: tuple[Operation, ...] = ()
+    results: tuple[int, ...] = ()
+    fakes: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
 class _Traced:
     """A recipe that was traced and found to give tensors of the right shapes, dtypes and layouts."""
 
     recipe: Recipe
     operations: tuple[Operation, ...]
     results: tuple[int, ...]
+    fragment: _Fragment = _Fragment()
 
 
 def _signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -112,13 +129,16 @@ def _sound(call: Call, recipe: Recipe) -> bool:
     )
 
 
+AddValue = Callable[[int, Tensor, str], int]  # a new value like another one: its fake tensor, what its name ends in
+
+
 class _Inverter:
     """Traces each distinct recipe once: a net has hundreds of identical layers."""
 
-    def __init__(self, capture: Capture, device: Device, orthogonal: frozenset[int]) -> None:
-        self.capture, self.device, self.orthogonal = capture, device, orthogonal
+    def __init__(self, capture: Capture, device: Device, orthogonal: frozenset[int], add_value: AddValue) -> None:
+        self.capture, self.device, self.orthogonal, self.add_value = capture, device, orthogonal, add_value
         self.traces: dict[Any, tuple[_Traced, ...]] = {}
-        self.region_traces: dict[Any, tuple[tuple[Operation, ...], tuple[int, ...]] | None] = {}
+        self.region_traces: dict[Any, tuple[_Fragment, tuple[Operation, ...], tuple[int, ...]] | None] = {}
 
     def of_edge(self, edge: Edge) -> Iterator[Edge]:
         """The inverse edges of one call."""
@@ -129,26 +149,62 @@ class _Inverter:
             gives = tuple(edge.needs[position] for position in recipe.solves)
             if all(_is_constant(graph, value) for value in gives):
                 continue
+            if traced.fragment.fakes and not self._are_cotangents(gives):
+                continue
             needs = tuple(items[position] for position in recipe.outputs) + tuple(edge.needs[p] for p in recipe.reads)
+            taken = self._taken(traced.fragment, (*gives, *(edge.needs[p] for p in recipe.fragment_reads)), edge.label)
             label = f"inverse of {edge.label}"
+            needs += tuple(value for fragment in taken for value in fragment.gives)
             solved = Edge(gives, needs, traced.operations, traced.results, label, "inverse", source=edge.source)
-            yield self._finish(replace(solved, sequence=edge.sequence))
+            yield from taken
+            yield self._finish(replace(solved, sequence=edge.sequence), traced.fragment, recipe.fragile)
 
     def of_region(self, region: Region) -> Iterator[Edge]:
         fakes = [self.capture.fake(value) for value in region.needs]
         solved = [self.capture.fake(value) for value in region.gives]
         key = (_function_key(region.function), _signature(fakes), _signature(solved))
         if key not in self.region_traces:
-            self.region_traces[key] = _trace(region.function, fakes, solved)
+            self.region_traces[key] = self._region_trace(region, fakes, solved)
         traced = self.region_traces[key]
         if traced is not None:
+            fragment, operations, results = traced
+            if fragment.fakes and not self._are_cotangents(region.gives):
+                return
+            taken = self._taken(fragment, (*region.gives, *region.fragment_needs), region.label)
+            needs = region.needs + tuple(value for edge in taken for value in edge.gives)
             kind: Kind = "inverse" if region.inverse else "forward"
-            yield self._finish(Edge(region.gives, region.needs, *traced, region.label, kind))
+            yield from taken
+            edge = Edge(region.gives, needs, operations, results, region.label, kind)
+            yield self._finish(edge, fragment, region.fragile)
 
-    def _finish(self, edge: Edge) -> Edge:
-        stages = {self.capture.graph.values[value].stage for value in (*edge.gives, *edge.needs)}
+    def _are_cotangents(self, values: Sequence[int]) -> bool:
+        return all(self.capture.graph.values[value].stage == "backward" for value in values)
+
+    def _region_trace(
+        self, region: Region, fakes: Sequence[Tensor], solved: Sequence[Tensor]
+    ) -> tuple[_Fragment, tuple[Operation, ...], tuple[int, ...]] | None:
+        reads = [self.capture.fake(value) for value in region.fragment_needs]
+        fragment = _trace_fragment(region.fragment, [*solved, *reads])
+        traced = _trace(region.function, [*fakes, *fragment.fakes], solved)
+        return None if traced is None else (fragment, *traced)
+
+    def _taken(self, fragment: _Fragment, needs: tuple[int, ...], label: str) -> list[Edge]:
+        """The edge that takes the fragments while the cotangents `needs[0]`, ... are at hand."""
+        if not fragment.fakes:
+            return []
+        gives = tuple(self.add_value(needs[0], fake, "fragment") for fake in fragment.fakes)
+        operations, results = fragment.operations, fragment.results
+        edge = Edge(gives, needs, operations, results, f"fragment of {label}", "fragment", "backward")
+        return [replace(edge, seconds=edge_seconds(edge, self.device))]
+
+    def _finish(self, edge: Edge, fragment: _Fragment, fragile: bool) -> Edge:
+        """Bytes that wait from the spine to the sweep count as time, as those of residuals do (`emit.block_spine`)."""
+        values = self.capture.graph.values
+        stages = {values[value].stage for value in (*edge.gives, *edge.needs) if value < len(values)}
         stage: Stage = "backward" if "backward" in stages else "forward"
-        return replace(edge, stage=stage, seconds=edge_seconds(edge, self.device))
+        waiting = sum(storage_bytes(fake) for fake in fragment.fakes) / WAITING_BYTES_PER_S
+        price = FRAGILE_SECONDS if fragile else 0.0
+        return replace(edge, stage=stage, seconds=edge_seconds(edge, self.device) + waiting + price)
 
     def _traced(self, edge: Edge) -> tuple[_Traced, ...]:
         rule = RULES.get(edge.label) or CUSTOM.get(edge.label)
@@ -169,14 +225,32 @@ def _function_key(function: Callable[..., Any]) -> Any:
 
 
 def _trace_recipes(call: Call, rule: Rule) -> Iterator[_Traced]:
-    for recipe in rule(call):
+    for recipe in _recipes(call, rule):
         if not _sound(call, recipe):
             continue
         outputs = [call.outputs[position] for position in recipe.outputs]
         inputs = [fake for fake in outputs if fake is not None] + [call.tensors[p] for p in recipe.reads]
-        traced = _trace(recipe.function, inputs, [call.tensors[position] for position in recipe.solves])
+        solved = [call.tensors[position] for position in recipe.solves]
+        fragment = _trace_fragment(recipe.fragment, [*solved, *(call.tensors[p] for p in recipe.fragment_reads)])
+        traced = _trace(recipe.function, [*inputs, *fragment.fakes], solved)
         if traced is not None:
-            yield _Traced(recipe, *traced)
+            yield _Traced(recipe, *traced, fragment)
+
+
+def _recipes(call: Call, rule: Rule) -> Iterator[Recipe]:
+    """A rule that fails is a bug of the rule, and no reason not to train: the operation is then not inverted."""
+    try:
+        yield from rule(call)
+    except Exception as error:
+        message = f"moonwalk: the inverse rule of {call.name} failed ({type(error).__name__}: {error}); it is left out"
+        warnings.warn(message, stacklevel=2)
+
+
+def _trace_fragment(function: Callable[..., tuple[Tensor, ...]] | None, inputs: Sequence[Tensor]) -> _Fragment:
+    if function is None:
+        return _Fragment()
+    with torch.no_grad():
+        return _Fragment(*trace_operations(function, inputs))
 
 
 def _is_constant(graph: Graph, value: int) -> bool:
@@ -188,9 +262,13 @@ def inverse_edges(
     capture: Capture,
     device: Device,
     is_orthogonal_input: Callable[[int], bool] = lambda _: False,
+    add_value: AddValue | None = None,
     constants: Constants | None = None,
 ) -> tuple[Edge, ...]:
     """All the ways to solve for values of the step: edges of kind "inverse", and of kind "forward" for shortcuts.
+
+    In front of an inverse that needs fragments stands the edge of kind "fragment" that takes them; they are values of
+    their own, numbered by `add_value` (by default from the number of the graph's values on).
 
     An edge is of stage "backward" if it touches a cotangent. A solved value has the shape, dtype and strides of the
     one it replaces; if that was a piece of a larger storage, it is dense in the same order of dimensions.
@@ -198,10 +276,16 @@ def inverse_edges(
     that rules may look at.
     """
     orthogonal = orthogonal_values(capture, is_orthogonal_input)
-    inverter = _Inverter(capture, device, orthogonal)
+    numbers = count(len(capture.graph.values))
+    inverter = _Inverter(capture, device, orthogonal, add_value or (lambda like, fake, suffix: next(numbers)))
     known = constants or Constants()
     found = [inverse for edge in capture.graph.edges for inverse in inverter.of_edge(edge)]
     found = [edge for edge in found if not divides_by_mask(capture, known, edge)]
-    regions = [*find_regions(capture), *constant_regions(capture, known)]
+    regions = (
+        *find_regions(capture),
+        *find_rank_one(capture),
+        *find_input_gradients(capture),
+        *constant_regions(capture, known),
+    )
     found += [inverse for region in regions for inverse in inverter.of_region(region)]
     return tuple(found)

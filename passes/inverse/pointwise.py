@@ -1,7 +1,7 @@
 """Elementwise operations: solved where the map is injective on its whole domain, or linear in the solved argument.
 
 Refused, because a principal branch would be silently wrong: sin, cos, square, pow, abs, ReLU, GELU, SiLU. PReLU is
-refused as well: its slope is a parameter, and no shape proves it positive.
+refused as well: its slope is a parameter, and no shape proves it positive. Their cotangents are `erasing`'s.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def is_nonzero(value: Any) -> bool:
 
 
 def _with_other(
-    call: Call, argument: int, function: Callable[[Tensor, Any], Tensor], note: str = ""
+    call: Call, argument: int, function: Callable[[Tensor, Any], Tensor], divides: bool = False
 ) -> Iterator[Recipe]:
     """A recipe for `args[argument]` of a binary call; `function(output, other)` with the other tensor or number."""
     position = solvable(call, argument)
@@ -45,9 +45,11 @@ def _with_other(
     if position is None:
         return
     if isinstance(other, Ref) and call.tensors[other.slot].dtype != torch.bool:
-        yield Recipe((position,), function, (other.slot,), note=note)
+        activations = call.tensors[other.slot].shape == call.tensors[position].shape
+        note = "divides by what may be zero" if divides else ""
+        yield Recipe((position,), function, (other.slot,), note=note, fragile=divides and activations)
     elif is_number(other):
-        yield Recipe((position,), lambda y: function(y, other), note=note)
+        yield Recipe((position,), lambda y: function(y, other))
 
 
 def add(call: Call) -> Iterator[Recipe]:
@@ -79,7 +81,24 @@ def mul(call: Call) -> Iterator[Recipe]:
     for argument in (0, 1):
         other = call.args[1 - argument]
         if isinstance(other, Ref) or is_nonzero(other):
-            yield from _with_other(call, argument, lambda y, other: y / other, "by a factor that may be zero")
+            yield from _with_other(call, argument, lambda y, other: y / other, divides=True)
+            yield from _broadcast_factor(call, argument)
+
+
+def _broadcast_factor(call: Call, argument: int) -> Iterator[Recipe]:
+    """A factor that was broadcast shows in many elements, so that zeros among the others (a mask) do no harm."""
+    factor, other, output = call.tensor(argument), call.tensor(1 - argument), call.outputs[0]
+    if factor is None or other is None or output is None or factor.shape == output.shape:
+        return
+    if factor.dtype != output.dtype or other.dtype not in (output.dtype, torch.bool) or not output.numel():
+        return
+    shape = factor.shape
+
+    def function(y: Tensor, b: Tensor) -> Tensor:
+        weight = b.to(y.dtype).expand_as(y)
+        return (y * weight).sum_to_size(shape) / (weight * weight).sum_to_size(shape)
+
+    yield Recipe((call.args[argument].slot,), function, (call.args[1 - argument].slot,))
 
 
 def div(call: Call) -> Iterator[Recipe]:
@@ -88,7 +107,7 @@ def div(call: Call) -> Iterator[Recipe]:
         return
     if isinstance(call.args[1], Ref) or is_nonzero(call.args[1]):
         yield from _with_other(call, 0, lambda y, b: y * b)
-    yield from _with_other(call, 1, lambda y, a: a / y, "by a quotient that may be zero")
+    yield from _with_other(call, 1, lambda y, a: a / y, divides=True)
 
 
 def leaky_relu(call: Call) -> Iterator[Recipe]:
@@ -97,19 +116,6 @@ def leaky_relu(call: Call) -> Iterator[Recipe]:
     position = solvable(call, 0)
     if position is not None and is_nonzero(slope) and slope > 0:
         yield Recipe((position,), lambda y: torch.ops.aten.leaky_relu(y, 1 / slope))
-
-
-def leaky_relu_backward(call: Call) -> Iterator[Recipe]:
-    """g = h where x > 0, else slope h."""
-    slope, is_result = call.args[2], call.args[3]
-    position = solvable(call, 0)
-    source = call.args[1]
-    if position is not None and is_nonzero(slope) and slope > 0:
-        yield Recipe(
-            (position,),
-            lambda g, x: torch.ops.aten.leaky_relu_backward(g, x, 1 / slope, is_result),
-            (source.slot,),
-        )
 
 
 def _unary(inverse: Callable[[Tensor], Tensor]) -> Rule:
@@ -121,15 +127,32 @@ def _unary(inverse: Callable[[Tensor], Tensor]) -> Rule:
     return rule
 
 
-def _backward_by_result(derivative: Callable[[Tensor], Tensor]) -> Rule:
-    """g = h f'(x) with f' computed from the result y, the second argument."""
+def softplus(call: Call) -> Iterator[Recipe]:
+    """Above the threshold (of beta x) it is the identity; where that is low, the two parts take the same values."""
+    beta, threshold = call.constant("beta", 1, 1), call.constant("threshold", 2, 20)
+    position = solvable(call, 0)
+    if position is not None and is_nonzero(beta) and beta > 0 and threshold >= 20:
+        yield Recipe((position,), lambda y: y + torch.log(-torch.expm1(-beta * y)) / beta)
 
-    def rule(call: Call) -> Iterator[Recipe]:
-        position = solvable(call, 0)
-        if position is not None and isinstance(call.args[1], Ref):
-            yield Recipe((position,), lambda g, y: g / derivative(y), (call.args[1].slot,))
 
-    return rule
+def elu(call: Call) -> Iterator[Recipe]:
+    yield from _elu(call, *(call.constant(*c) for c in (("alpha", 1, 1), ("scale", 2, 1), ("input_scale", 3, 1))))
+
+
+def celu(call: Call) -> Iterator[Recipe]:
+    alpha = call.constant("alpha", 1, 1.0)
+    if is_nonzero(alpha):
+        yield from _elu(call, alpha, 1, 1 / alpha)
+
+
+def _elu(call: Call, alpha: float, scale: float, input_scale: float) -> Iterator[Recipe]:
+    """y = scale x above zero, else scale alpha (exp(input_scale x) - 1). Near its lower bound, y says nothing of x."""
+    position = solvable(call, 0)
+    if position is not None and all(is_nonzero(constant) and constant > 0 for constant in (alpha, scale, input_scale)):
+        yield Recipe(
+            (position,),
+            lambda y: torch.where(y > 0, y / scale, torch.log1p(y / (scale * alpha)) / input_scale),
+        )
 
 
 RULES: dict[str, Rule] = {
@@ -152,8 +175,10 @@ RULES: dict[str, Rule] = {
     "sinh": _unary(torch.asinh),
     "asinh": _unary(torch.sinh),
     "atan": _unary(torch.tan),
+    "erf": _unary(torch.erfinv),
     "leaky_relu": leaky_relu,
-    "leaky_relu_backward": leaky_relu_backward,
-    "tanh_backward": _backward_by_result(lambda y: (1 - y) * (1 + y)),
-    "sigmoid_backward": _backward_by_result(lambda y: y * (1 - y)),
+    "softplus": softplus,
+    "elu": elu,
+    "celu": celu,
+    "log_sigmoid_forward": _unary(lambda y: y - torch.log(-torch.expm1(y))),
 }

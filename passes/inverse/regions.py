@@ -16,21 +16,31 @@ from torch import Tensor
 
 from ..capture import Capture
 from ..graph import Edge, Graph, Ref
+from .composites import find_composites, find_softsigns
+from .pooling import shape_only
 from .rule import Region
 
 Step = tuple[int, slice | int]  # one slice or selection along a dimension
 
 
 def find_regions(capture: Capture) -> Iterator[Region]:
-    """Every region of the joint graph that rests on no values."""
-    reader = RegionReader(capture)
+    """Every region of the joint graph."""
+    reader = Reader(capture)
     yield from _tilings(reader)
     yield from _disjoint_sums(reader)
     yield from _maxmins(reader)
     yield from _sorts(reader)
+    yield from _maxima(reader)
+    yield from find_softsigns(reader)
+    yield from find_composites(reader)
+    for edge in capture.graph.edges:
+        if edge.label.endswith(("pool2d_backward", "pool3d_backward", "with_indices_backward")):
+            region = shape_only(edge, reader.shape(edge.gives[0]))
+            if region is not None:
+                yield region
 
 
-class RegionReader:
+class Reader:
     """Looks at the arguments of edges by value index."""
 
     def __init__(self, capture: Capture) -> None:
@@ -75,7 +85,7 @@ class _Piece:
     selected: bool
 
 
-def _pieces(reader: RegionReader, source: int) -> dict[int, list[_Piece]]:
+def _pieces(reader: Reader, source: int) -> dict[int, list[_Piece]]:
     """The pieces of `source` that are read, by dimension."""
     shape = reader.shape(source)
     found: dict[int, list[_Piece]] = {}
@@ -106,7 +116,7 @@ def _restrict(covers: range, part: slice | int) -> range:
     return covers[index : index + 1]
 
 
-def _tilings(reader: RegionReader) -> Iterator[Region]:
+def _tilings(reader: Reader) -> Iterator[Region]:
     """A value from pieces that cover it without overlap along one dimension."""
     for source in list(reader.uses):
         for dim, pieces in _pieces(reader, source).items():
@@ -164,14 +174,14 @@ def _interleave(dim: int, *pieces: Tensor) -> Tensor:
 # -- sums ----------------------------------------------------------------------------------------------------------
 
 
-def _is_sum(reader: RegionReader, edge: Edge | None) -> bool:
+def _is_sum(reader: Reader, edge: Edge | None) -> bool:
     if edge is None or edge.label != "add" or edge.operations[0].kwargs or len(edge.needs) != 2:
         return False
     values = [reader.graph.values[value] for value in (*edge.gives, *edge.needs)]
     return len({(value.shape, value.dtype) for value in values}) == 1
 
 
-def _inner(reader: RegionReader, value: int) -> Edge | None:
+def _inner(reader: Reader, value: int) -> Edge | None:
     """The sum that `value` is, if it is only read by one other sum."""
     edge = reader.graph.definition.get(value)
     uses = reader.uses.get(value, ())
@@ -179,7 +189,7 @@ def _inner(reader: RegionReader, value: int) -> Edge | None:
     return edge if alone and _is_sum(reader, edge) else None
 
 
-def _summands(reader: RegionReader, root: Edge) -> list[int]:
+def added_up(reader: Reader, root: Edge) -> list[int]:
     """What a tree of sums adds up, in order."""
     found, stack = [], list(root.needs)[::-1]
     while stack:
@@ -192,13 +202,13 @@ def _summands(reader: RegionReader, root: Edge) -> list[int]:
     return found
 
 
-def _sum_roots(reader: RegionReader) -> Iterator[Edge]:
+def sum_roots(reader: Reader) -> Iterator[Edge]:
     for edge in reader.edges("add"):
         if _is_sum(reader, edge) and _inner(reader, edge.gives[0]) is None:
             yield edge
 
 
-def _subtract(total: Tensor, others: Sequence[Tensor]) -> Tensor:
+def subtract(total: Tensor, others: Sequence[Tensor]) -> Tensor:
     for other in others:
         total = total - other
     return total
@@ -225,7 +235,7 @@ def _meet(a: range, b: range) -> bool:
     return not set(a).isdisjoint(b)
 
 
-def _embedded(reader: RegionReader, value: int) -> _Embedded | None:
+def _embedded(reader: Reader, value: int) -> _Embedded | None:
     box = [range(size) for size in reader.shape(value)]
     dims = list(range(len(box)))
     steps: list[tuple[int, Any]] = []
@@ -241,10 +251,10 @@ def _embedded(reader: RegionReader, value: int) -> _Embedded | None:
     return _Embedded(value, tuple(steps), tuple(box)) if steps else None
 
 
-def _disjoint_sums(reader: RegionReader) -> Iterator[Region]:
+def _disjoint_sums(reader: Reader) -> Iterator[Region]:
     """The cotangents of the pieces from the cotangent of the whole."""
-    for root in _sum_roots(reader):
-        summands = _summands(reader, root)
+    for root in sum_roots(reader):
+        summands = added_up(reader, root)
         leaves = {value: leaf for value in summands if (leaf := _embedded(reader, value)) is not None}
         parts = list(leaves.values())
         sources = [leaf.source for leaf in parts]
@@ -257,7 +267,7 @@ def _disjoint_sums(reader: RegionReader) -> Iterator[Region]:
 
 
 def _cut(paths: Sequence[Sequence[tuple[int, Any]]], total: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    total = _subtract(total, others)
+    total = subtract(total, others)
     return tuple(_follow(total, path) for path in paths)
 
 
@@ -291,7 +301,7 @@ class _Masked:
         return self.cotangent, self.larger, self.smaller
 
 
-def _comparison(reader: RegionReader, value: int | None, *labels: str) -> tuple[int, int] | None:
+def _comparison(reader: Reader, value: int | None, *labels: str) -> tuple[int, int] | None:
     """The two compared values, larger first."""
     edge = reader.made_by(value, *labels)
     if edge is None or len(edge.needs) != 2 or reader.shape(edge.needs[0]) != reader.shape(edge.needs[1]):
@@ -302,7 +312,7 @@ def _comparison(reader: RegionReader, value: int | None, *labels: str) -> tuple[
     return (b, a) if edge.label == "lt" else (a, b)
 
 
-def _masked(reader: RegionReader, value: int) -> _Masked | None:
+def _masked(reader: Reader, value: int) -> _Masked | None:
     fill = reader.made_by(value, "masked_fill")
     if fill is None or reader.args(fill)[2] != 0:
         return None
@@ -320,14 +330,14 @@ def _masked(reader: RegionReader, value: int) -> _Masked | None:
     return _Masked(cotangent, mask, *order)
 
 
-def _maxmins(reader: RegionReader) -> Iterator[Region]:
+def _maxmins(reader: Reader) -> Iterator[Region]:
     """Both cotangents of max(a, b) and min(a, b) from those of a and b, and the other way round at less cost.
 
     Exact ties share the cotangent in torch, which cannot be undone; here one side gets it all.
     """
     first: dict[tuple[Any, ...], tuple[int, list[int], int]] = {}
-    for root in _sum_roots(reader):
-        summands = _summands(reader, root)
+    for root in sum_roots(reader):
+        summands = added_up(reader, root)
         terms = {value: term for value in summands if (term := _masked(reader, value)) is not None}
         if len(terms) != 2 or len(set(summands)) < len(summands):
             continue
@@ -356,7 +366,7 @@ def _maxmin(
 
 
 def _undo_maxmin(count: int, a: Tensor, b: Tensor, mask: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-    a, b = _subtract(a, others[:count]), _subtract(b, others[count:])
+    a, b = subtract(a, others[:count]), subtract(b, others[count:])
     return torch.where(mask, a, b), torch.where(mask, b, a)
 
 
@@ -365,26 +375,40 @@ def _do_maxmin(count: int, p: Tensor, q: Tensor, mask: Tensor, *others: Tensor) 
     return sum(others[:count], a), sum(others[count:], b)
 
 
+def _maxima(reader: Reader) -> Iterator[Region]:
+    """The cotangent of max(a, b), or of min(a, b), from what both sides get of it: their sum, also where they tie."""
+    first: dict[tuple[int, int, int], int] = {}
+    for edge in reader.edges("masked_fill"):
+        term = _masked(reader, edge.gives[0])
+        if term is None:
+            continue
+        other = first.setdefault(term.opposite, edge.gives[0])
+        if other != edge.gives[0]:
+            yield Region((term.cotangent,), (other, *edge.gives), partial(torch.add), "inverse of a maximum")
+        first.setdefault(term.key, edge.gives[0])
+
+
 # -- sort ----------------------------------------------------------------------------------------------------------
 
 
-def _sorts(reader: RegionReader) -> Iterator[Region]:
+def _sorts(reader: Reader) -> Iterator[Region]:
     """The gradient of `sort` scatters by a permutation: gather undoes it."""
     for edge in reader.edges("scatter"):
         target, index, source = (reader.value(edge, i) for i in (0, 2, 3))
-        order = reader.made_by(index, "sort")
+        order = reader.made_by(index, "sort", "topk")
         if order is None or target is None or index is None or source is None or edge.operations[0].kwargs:
             continue
-        if len({reader.shape(value) for value in (target, index, source)}) != 1 or not reader.shape(index):
+        if reader.shape(source) != reader.shape(index) or not reader.shape(index):
             continue
         dim = reader.args(edge)[1] % len(reader.shape(index))
         if index == order.gives[-1] and _sorted_dim(reader, order) == dim:
             yield Region((source,), (edge.gives[0], index), partial(_gather, dim), "inverse of sort's gradient")
 
 
-def _sorted_dim(reader: RegionReader, order: Edge) -> int:
+def _sorted_dim(reader: Reader, order: Edge) -> int:
     operation = order.operations[0]
-    dim = operation.kwargs.get("dim", operation.args[1] if len(operation.args) > 1 else -1)
+    place = 2 if order.label == "topk" else 1
+    dim = operation.kwargs.get("dim", operation.args[place] if len(operation.args) > place else -1)
     return int(dim) % len(reader.shape(order.needs[0]))
 
 

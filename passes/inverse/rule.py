@@ -50,6 +50,12 @@ class Recipe:
     """`function(*outputs, *reads)` returns the tensors `solves` (one tensor, or a tuple when there are several).
 
     All positions count tensor arguments (`Call.tensors`) and results (`Call.outputs`).
+
+    What the operation erases of `solves` may be kept as a *fragment* (of a cotangent only, while the spine has it):
+    `fragment(*solves, *fragment_reads)` returns a tuple of tensors, and `function` takes them behind its `reads`.
+    Where the call itself may be given a bit per element of an argument (see `Packing`), the fragment may be too.
+
+    A *fragile* recipe divides by what may vanish among ordinary activations: any other way is taken before it.
     """
 
     solves: tuple[int, ...]
@@ -57,6 +63,9 @@ class Recipe:
     reads: tuple[int, ...] = ()
     outputs: tuple[int, ...] = (0,)
     note: str = ""
+    fragment: Callable[..., tuple[Tensor, ...]] | None = None
+    fragment_reads: tuple[int, ...] = ()
+    fragile: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Region:
     """A recipe over several nodes at once, in value indices: `function(*needs)` returns the values `gives`.
 
     The function is a `functools.partial` of a module-level function with hashable constants, so that equal regions
-    are traced once.
+    are traced once. So is `fragment(*gives, *fragment_needs)`, which returns what `function` takes behind `needs`.
     """
 
     gives: tuple[int, ...]
@@ -72,6 +81,9 @@ class Region:
     function: Callable[..., Any]
     label: str
     inverse: bool = True  # False: another way to compute the values forward (cheaper, or from less)
+    fragment: Callable[..., tuple[Tensor, ...]] | None = None
+    fragment_needs: tuple[int, ...] = ()
+    fragile: bool = False
 
 
 @dataclass(frozen=True)

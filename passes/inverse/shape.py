@@ -76,6 +76,13 @@ def expand(call: Call) -> Iterator[Recipe]:
     yield from _first(call, function)
 
 
+def cumsum(call: Call) -> Iterator[Recipe]:
+    """What each sum adds to the one before it."""
+    source, dim = _source(call), call.args[1]
+    if source.dim() and source.is_floating_point() and not call.kwargs:
+        yield from _first(call, lambda y: y.diff(dim=dim, prepend=torch.zeros_like(y.narrow(dim, 0, 1))))
+
+
 def pixel_shuffle(call: Call) -> Iterator[Recipe]:
     yield from _first(call, lambda y: torch.pixel_unshuffle(y, call.args[1]))
 
@@ -160,6 +167,7 @@ RULES: dict[str, Rule] = {
     "flip": flip,
     "roll": roll,
     "expand": expand,
+    "cumsum": cumsum,
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_unshuffle,
     "constant_pad_nd": constant_pad_nd,

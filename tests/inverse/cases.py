@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,11 @@ from torch import Tensor
 from .check import Case
 
 aten = torch.ops.aten
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last)
+
 
 POINTWISE = [
     Case("add", lambda x, b: x + b, "bn bn"),
@@ -40,6 +47,96 @@ POINTWISE = [
     Case("atan", torch.atan, "bn"),
     Case("leaky_relu", lambda x: F.leaky_relu(x, 0.2), "bn"),
     Case("abs", torch.abs, "bn", invert=False),
+    Case("erf", torch.erf, "bn"),
+    Case("softplus", F.softplus, "bn"),
+    Case("softplus with beta", lambda x: F.softplus(x, 3.0, 25.0), "bn"),
+    Case("softplus with a low threshold", lambda x: F.softplus(4 * x, 1.0, 2.0), "bn", invert=False),
+    Case("log_sigmoid", F.logsigmoid, "bn"),
+    Case("elu", lambda x: F.elu(x, 0.7), "bn"),
+    Case("elu, in place", lambda x: F.elu(x * 2, 0.7, inplace=True), "bn"),
+    Case("elu falling", lambda x: F.elu(x, -0.7), "bn", invert=False, vijp=False),
+    Case("selu", F.selu, "bn"),
+    Case("celu", lambda x: F.celu(x, 2.0), "bn"),
+    Case("mul, the broadcast side", lambda x, w: x * w, "b1n b5n", vijp=False),
+]
+
+ERASING = [
+    Case("relu", torch.relu, "bn", invert=False),
+    Case("threshold", lambda x: F.threshold(x, 0.3, 5.0), "bn", invert=False),
+    Case("relu6", lambda x: F.relu6(3 * x), "bn", invert=False),
+    Case("hardtanh", lambda x: F.hardtanh(x, -0.3, 0.8), "bn", invert=False),
+    Case("hardsigmoid", lambda x: F.hardsigmoid(3 * x), "bn", invert=False),
+    Case("hardswish", lambda x: F.hardswish(3 * x), "bn", invert=False),
+    Case("hardshrink", F.hardshrink, "bn", invert=False),
+    Case("gelu", F.gelu, "bn", invert=False),
+    Case("gelu by tanh", lambda x: F.gelu(3 * x, approximate="tanh"), "bn", invert=False),
+    Case("silu", lambda x: F.silu(2 * x), "bn", invert=False),
+    Case("mish", lambda x: F.mish(2 * x), "bn", invert=False),
+    Case("leaky_relu, nearly flat", lambda x: F.leaky_relu(x, 1e-12), "bn"),
+    Case("prelu", F.prelu, "bn 1", invert=False),
+    Case("prelu of a channel", lambda x, w: F.prelu(x, w - w[0]), "bnk n", invert=False),
+    Case("dropout", lambda x: F.dropout(x, 0.4), "bn", invert=False),
+    Case("dropout of everything", lambda x: F.dropout(x, 1.0), "bn", invert=False, vijp=False),
+    Case("clamp", lambda x: x.clamp(-0.5, 0.6), "bn", invert=False),
+    Case("clamp from below", lambda x: x.clamp(min=0.1), "bn", invert=False),
+    Case("where", lambda x, p: torch.where(x > p, x, 0.5), "bn n", invert=False),
+    Case("where, the other side", lambda x, p: torch.where(p > 0, p, 2 * x), "bn bn", invert=False),
+    Case("masked_fill", lambda x: x.masked_fill(x > 0, 0), "bn", invert=False),
+    Case("masked_fill, broadcast", lambda x: x.masked_fill(x[:, :1] > 0, 1.5), "bn", invert=False),
+    Case("amax", lambda x: x.amax(1), "bn", invert=False),
+    Case("max along a dimension", lambda x: x.max(1).values, "bn", invert=False),
+    Case("topk", lambda x: x.topk(2, 1).values, "bn", invert=False),
+    Case("max alone", lambda x: torch.maximum(x[:, :2], x[:, 2:]), "b4", invert=False),
+    Case("max of ties", lambda x: torch.maximum(x[:, :2].relu(), x[:, 2:].relu()), "b4", invert=False),
+    Case("maxmin of different pairs", lambda x: _maxmin_of_three(x), "b6", invert=False),
+]
+
+COMPOSED = [
+    Case("softsign", F.softsign, "bn"),
+    Case("sin", torch.sin, "bn", invert=False),
+    Case("cos", torch.cos, "bn", invert=False),
+    Case("square", torch.square, "bn", invert=False),
+    Case("cube", lambda x: x**3, "bn", invert=False),
+    Case("square of relu", lambda x: x.relu().square(), "bn", invert=False),
+    Case("x times x", lambda x: x * x, "bn", invert=False),
+    Case("swish by hand", lambda x: x * torch.sigmoid(1.7 * x), "bn", invert=False),
+    Case("gelu by hand", lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)), "bn", invert=False),
+    Case("tanhshrink", F.tanhshrink, "bn", invert=False),
+    Case("softshrink", F.softshrink, "bn", invert=False),
+    Case("sin times cos", lambda x: x.sin() * x.cos(), "bn", invert=False),
+    Case("masked by hand", lambda x: x * (x > 0).double(), "bn", invert=False),
+    Case("alpha_dropout", lambda x: F.alpha_dropout(x, 0.4, True), "bn", invert=False),
+    Case("gate of two halves", lambda x: x[:, :2] * x[:, 2:], "b4", invert=False),
+    Case("swiglu", lambda x: F.silu(x[:, :2]) * x[:, 2:], "b4", invert=False),
+    Case("glu", lambda x: F.glu(x, 1), "b4", invert=False),
+    Case("gate of a sum", lambda x, w: (x @ w) * x.sum(), "bn nn", invert=False, vijp=False),
+]
+
+POOLING = [
+    Case("avg_pool2d", lambda x: F.avg_pool2d(x, 2), "bn46", invert=False),
+    Case("avg_pool2d, cropping", lambda x: F.avg_pool2d(x, (2, 3)), "bn58", invert=False),
+    Case("avg_pool2d, padded", lambda x: F.avg_pool2d(x, 3, padding=1), "bn58", invert=False),
+    Case("avg_pool2d, up to the border", lambda x: F.avg_pool2d(x, 2, 3, 1, True, False), "bn57", invert=False),
+    Case("avg_pool2d, divided by 5", lambda x: F.avg_pool2d(x, 2, divisor_override=5), "bn46", invert=False),
+    Case("avg_pool2d, overlapping", lambda x: F.avg_pool2d(x, 3, 2), "bn57", invert=False, vijp=False),
+    Case("avg_pool2d of one image", lambda x: F.avg_pool2d(x, 2), "n46", invert=False),
+    Case("avg_pool2d, channels last", lambda x: F.avg_pool2d(_channels_last(x), 2), "b346", invert=False),
+    Case("avg_pool1d", lambda x: F.avg_pool1d(x, 2, padding=1), "bn6", invert=False),
+    Case("avg_pool3d", lambda x: F.avg_pool3d(x, 2, padding=1), "bn446", invert=False),
+    Case("adaptive_avg_pool2d", lambda x: F.adaptive_avg_pool2d(x, (2, 3)), "bn46", invert=False),
+    Case("adaptive_avg_pool2d, overlapping", lambda x: F.adaptive_avg_pool2d(x, 3), "bn56", False, False),
+    Case("adaptive_avg_pool3d", lambda x: F.adaptive_avg_pool3d(x, 2), "bn446", invert=False),
+    Case("max_pool2d", lambda x: F.max_pool2d(x, 2), "bn46", invert=False),
+    Case("max_pool2d, padded", lambda x: F.max_pool2d(x, 3, 3, 1, ceil_mode=True), "bn58", invert=False),
+    Case("max_pool2d, overlapping", lambda x: F.max_pool2d(x, 3, 2, 1), "bn78", invert=False),
+    Case("max_pool2d, dilated", lambda x: F.max_pool2d(x, 2, 2, 0, dilation=2), "bn78", invert=False),
+    Case("max_pool2d, channels last", lambda x: F.max_pool2d(_channels_last(x), 3, 2), "b378", invert=False),
+    Case("max_pool1d", lambda x: F.max_pool1d(x, 3, 1), "bn8", invert=False),
+    Case("max_pool3d", lambda x: F.max_pool3d(x, 2), "bn446", invert=False),
+    Case("max_pool3d, overlapping", lambda x: F.max_pool3d(x, 3, 1, 1), "b2335", invert=False),
+    Case("adaptive_max_pool2d", lambda x: F.adaptive_max_pool2d(x, 2), "bn46", invert=False),
+    Case("adaptive_max_pool2d, overlapping", lambda x: F.adaptive_max_pool2d(x, 3), "bn57", invert=False),
+    Case("adaptive_max_pool3d", lambda x: F.adaptive_max_pool3d(x, 2), "bn446", invert=False),
 ]
 
 SHAPE = [
@@ -61,6 +158,10 @@ SHAPE = [
     Case("roll flat", lambda x: x.roll(2), "bn"),
     Case("expand", lambda x: x.expand(5, -1, 3, -1).exp(), "b1n", vijp=False),
     Case("sum", lambda x: x.sum(1), "bn", invert=False),
+    Case("sum of several", lambda x: x.sum((0, 2)), "bnk", invert=False),
+    Case("mean of all", lambda x: x.mean(), "bn", invert=False),
+    Case("cumsum", lambda x: x.cumsum(1), "bnk"),
+    Case("cumsum of the last", lambda x: x.cumsum(-1), "bn"),
     Case("mean", lambda x: x.mean(0, keepdim=True), "bn", invert=False),
     Case("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), "b8nk"),
     Case("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2), "bn46"),
@@ -93,6 +194,22 @@ def _conv(**settings: object) -> object:
     return lambda x, w, b=None: F.conv2d(x, w, b, **settings)
 
 
+def _conv1(**settings: object) -> object:
+    return lambda x, w, b=None: F.conv1d(x, w, b, **settings)
+
+
+def _conv3(**settings: object) -> object:
+    return lambda x, w, b=None: F.conv3d(x, w, b, **settings)
+
+
+def _transposed(**settings: object) -> object:
+    return lambda x, w, b=None: F.conv_transpose2d(x, w, b, **settings)
+
+
+def _transposed1(**settings: object) -> object:
+    return lambda x, w, b=None: F.conv_transpose1d(x, w, b, **settings)
+
+
 CONVOLUTION = [
     Case("convolution 1x1", _conv(), "bnkk nn11 n"),
     Case("convolution 1x1, narrowing", _conv(), "bnkk mn11", invert=False),
@@ -107,36 +224,181 @@ CONVOLUTION = [
     Case("transposed", lambda x, w, b: F.conv_transpose2d(x, w, b, stride=2), "b843 8222 2"),
     Case("transposed, narrowing", lambda x, w: F.conv_transpose2d(x, w, stride=2), "b943 9222", invert=False),
     Case("transposed, widening", lambda x, w: F.conv_transpose2d(x, w, stride=2), "b643 6222", vijp=False),
-    Case("overlapping", _conv(padding=1), "b2kk 2233", invert=False, vijp=False),
-    Case("padded 1x1", _conv(padding=1), "bnkk nn11", invert=False, vijp=False),
-    Case("dilated", _conv(stride=2, dilation=2), "b266 8222", invert=False, vijp=False),
-    Case("grouped", _conv(groups=2), "b4kk 4211", invert=False, vijp=False),
+    Case("overlapping", _conv(padding=1), "b2kk 2233", invert=False),
+    Case("padded 1x1", _conv(padding=1), "bnkk nn11", vijp=False),
+    Case("padded 1x1, widening", _conv(padding=1), "bnkk wn11", vijp=False),
+    Case("dilated", _conv(stride=2, dilation=2), "b266 8222", invert=False),
+    Case("grouped", _conv(groups=2), "b4kk 4211"),
+    Case("unbatched", _conv(), "nkk nn11"),
+    Case("grouped, narrowing", _conv(groups=2), "b6kk 4311 4", invert=False),
+    Case("grouped, widening", _conv(groups=2), "b4kk 6211 6", vijp=False),
+    Case("depthwise", _conv(groups=4), "b4kk 4111 4"),
+    Case("patchify, grouped", _conv(stride=2, groups=2), "b446 8222 8", invert=False),
+    Case("patchify, padded", _conv(stride=2, padding=1), "b244 8222", vijp=False),
+    Case("patchify, padded, a rest", _conv(stride=2, padding=1), "b255 8222", vijp=False),
+    Case("patchify, padded, narrowing", _conv(stride=2, padding=1), "b244 2222 2", invert=False),
+    Case("patchify, grouped in three dimensions", _conv3(stride=2, groups=2), "b2464 81222", invert=False),
+    Case("transposed, grouped", _transposed(stride=2, groups=2), "b843 8222 4", vijp=False),
+    Case("transposed, depthwise", _transposed(stride=2, groups=4), "b443 4122", vijp=False),
+    Case("transposed, widening groups", _transposed(stride=2, groups=2), "b443 4222", vijp=False),
+    Case("transposed, cropping", _transposed(stride=3, padding=1), "b243 2233", vijp=False),
+    Case("transposed, in one dimension", _transposed1(stride=2), "b43 422"),
+]
+
+STRIDED = [
+    Case("one tap", _conv(stride=2, padding=1), "b466 2433 2", invert=False),
+    Case("one tap, odd sizes", _conv(stride=2, padding=1), "b457 2433", invert=False),
+    Case("one tap, grouped", _conv(stride=2, padding=1, groups=2), "b866 4433", invert=False),
+    Case("one tap of five", _conv(stride=3, padding=2), "b477 2455", invert=False),
+    Case("several taps", _conv(stride=3, padding=1), "b299 6233", invert=False),
+    Case("several taps, overlapping", _conv(stride=4, padding=1), "b2ww 4255", invert=False),
+    Case("a kernel smaller than the stride", _conv(stride=3), "b255 6222", invert=False),
+    Case("dilated taps", _conv(stride=3, dilation=2, padding=2), "b499 4433", invert=False),
+    Case("one tap in one dimension", _conv1(stride=2, padding=1), "b48 243", invert=False),
+    Case("one tap in three dimensions", _conv3(stride=2, padding=1), "b4646 24333", invert=False),
+    Case("one tap, transposed", _transposed(stride=2, padding=1, output_padding=1), "b234 2433", vijp=False),
+    Case("no tap of its own", _transposed(stride=2), "b934 9244", invert=False, vijp=False),
+    Case("more channels than taps", _conv(stride=2), "b155 5122", invert=False, vijp=False),
+]
+
+FRAGMENTS = [
+    Case("checkerboard", _conv(stride=2, padding=1), "b266 4233 4", invert=False),
+    Case("checkerboard, odd sizes", _conv(stride=2, padding=1), "b257 2233", invert=False),
+    Case("checkerboard, grouped", _conv(stride=2, padding=1, groups=2), "b466 4233", invert=False),
+    Case("checkerboard, depthwise", _conv(stride=2, padding=1, groups=3), "b366 3133", invert=False),
+    Case("checkerboard in three dimensions", _conv3(stride=2, padding=1), "b2445 22333", invert=False),
+    Case("every second one", _conv1(stride=2, padding=1), "b29 324", invert=False),
+    Case("one of four", _conv(stride=2, padding=1), "b266 4244 4", invert=False),
+    Case("one of six", _conv(padding=1), "b2ww 2233", invert=False),
+    Case("one of sixteen", _conv(stride=2, padding=3), "b199 6177", invert=False),
+    Case("one of a dilated kernel", _conv(padding=2, dilation=2), "b277 2233", invert=False),
+    Case("clusters", _conv(padding=1), "8299 2233 2", invert=False),
+    Case("clusters, odd sizes", _conv(padding=1), "8297 2233", invert=False),
+    Case("clusters that end at the border", _conv(), "8288 2233", invert=False),
+    Case("clusters, strided", _conv(stride=2, padding=1), "9299 4244", invert=False),
+    Case("clusters, grouped", _conv(padding=1, groups=2), "9499 4233", invert=False),
+    Case("clusters, depthwise", _conv(padding=2, groups=3), "9399 3155", invert=False),
+    Case("clusters in one dimension", _conv1(padding=1), "929 223", invert=False),
+    Case("clusters in three dimensions", _conv3(padding=1), "91566 11333", invert=False),
+    Case("more features than taps", _conv(stride=2), "b155 5122", vijp=False, invert=False),
+]
+ITERATED = [
+    Case("transposed, overlapping", _transposed(stride=2, padding=1), "b234 2444 4", vijp=False),
+    Case("transposed, overlapping, grouped", _transposed(stride=2, padding=1, groups=2), "b444 4244", vijp=False),
+    Case("transposed, narrowing, overlapping", _transposed(padding=1), "b445 4233", invert=False),
+    Case("overlapping, widening", _conv(padding=1), "b234 4233 4"),
+    Case("overlapping in one dimension", _conv1(padding=2, dilation=2), "b27 423"),
+    Case("overlapping, too narrow", _conv(padding=1), "b634 6633", invert=False),
+    Case("overlapping, cropping", _conv(), "b255 4233", invert=False),
+    Case("overlapping, strided", _conv(stride=2, padding=1), "b266 8233", invert=False),
+]
+
+
+def _root_mean_square(x: Tensor, dims: tuple[int, ...], epsilon: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(dims, keepdim=True) + epsilon)
+
+
+def _first_alone(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The statistics are known as well, but nothing is differentiated through them."""
+    return (results[0], *(statistic.detach() for statistic in results[1:]))
+
+
+def _by_running_statistics(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    return F.batch_norm(x, mean.detach(), variance.detach().abs(), weight, bias, training=False, eps=0.1)
+
+
+def _functional(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    running = mean.detach(), variance.detach()
+    return _first_alone(aten._native_batch_norm_legit_functional(x, weight, bias, *running, True, 0.1, 1e-3)[:3])
+
+
+def _batch(x: Tensor, *affine: Tensor, epsilon: float = 1e-5) -> Tensor:
+    return F.batch_norm(x, None, None, *affine, training=True, eps=epsilon)
+
+
+def _group(x: Tensor, *affine: Tensor) -> tuple[Tensor, ...]:
+    batch, channels, *space = x.shape
+    weight, bias = affine or (None, None)
+    return torch.native_group_norm(x, weight, bias, batch, channels, math.prod(space), 2, 1e-3)
+
+
+# Without its statistics no normalization says what its input was.
+NORMALIZATION = [
+    Case("batch_norm", _batch, "wnkk n n", invert=False),
+    Case("batch_norm of vectors", _batch, "wn n n", invert=False),
+    Case("batch_norm, not affine", _batch, "wnk", invert=False),
+    Case("batch_norm, large epsilon", lambda x, w: _batch(x, w, epsilon=10.0), "wn3kk n", invert=False),
+    Case("batch_norm, channels last", lambda x, w: _batch(x.to(memory_format=torch.channels_last), w), "wnkk n", False),
+    Case(
+        "batch_norm and its statistics",
+        lambda x, w, b: _first_alone(aten._native_batch_norm_legit(x, w, b, True, 0.1, 1e-3)),
+        "wnk n n",
+    ),
+    Case("batch_norm and running statistics", _functional, "wnkk n n n n"),
+    Case("batch_norm, not training", _by_running_statistics, "bnkk n n n n"),
+    Case("batch_norm, not training, not affine", _by_running_statistics, "bn n n"),
+    Case("layer_norm", lambda x, w, b: F.layer_norm(x, w.shape, w, b), "bkn n n", invert=False),
+    Case("layer_norm over two dimensions", lambda x, w, b: F.layer_norm(x, w.shape, w, b, 1.0), "bnw nw nw", False),
+    Case("layer_norm, no bias", lambda x, w: F.layer_norm(x, w.shape, w), "bn n", invert=False),
+    Case("layer_norm, not affine", lambda x: F.layer_norm(x, x.shape[-1:]), "bkn", invert=False),
+    Case("layer_norm of one element", lambda x: F.layer_norm(x, (1,)), "bn1", invert=False),
+    Case(
+        "layer_norm and its statistics",
+        lambda x, w, b: _first_alone(torch.native_layer_norm(x, w.shape, w, b, 1e-3)),
+        "bkn n n",
+    ),
+    Case("group_norm", lambda x, *affine: _group(x, *affine)[0], "b4kk 4 4", invert=False),
+    Case("group_norm, not affine", lambda x: _group(x)[0], "b6", invert=False),
+    Case(
+        "group_norm, channels last",
+        lambda x, *affine: _group(x.to(memory_format=torch.channels_last), *affine)[0],
+        "b6kk 6 6",
+        False,
+    ),
+    Case("group_norm and its statistics", lambda x, *affine: _first_alone(_group(x, *affine)), "b6k 6 6"),
+    Case("instance_norm", lambda x, w, b: F.instance_norm(x, weight=w, bias=b), "bnw n n", invert=False),
+    Case("rms_norm", lambda x, w: F.rms_norm(x, w.shape, w, 1e-3), "bkn n", invert=False),
+    Case("rms_norm over two dimensions", lambda x, w: F.rms_norm(x, w.shape, w, 1.0), "bnw nw", invert=False),
+    Case("rms_norm spelled out", lambda x, w: w * _root_mean_square(x, (-1,), 1e-3), "bkn n", invert=False),
+    Case("rms_norm over the first", lambda x: _root_mean_square(x, (0, 1), 1.0), "bnk", invert=False),
+    Case("rms_norm of x times x", lambda x: x * (x * x).mean(1, keepdim=True).add(1).rsqrt(), "bnk", invert=False),
+    Case(
+        "rms_norm beside others", lambda x, p: torch.cat([_root_mean_square(x, (1,), 1), x + p], 1), "bn n", vijp=False
+    ),
+    Case("a norm that sums", lambda x: x * x.square().sum(1, keepdim=True).add(1).rsqrt(), "bn", False, False),
+    Case("normalize", F.normalize, "bn", invert=False),
+    Case("normalize the first dimension", lambda x: F.normalize(x, dim=0), "wnk", invert=False),
+    Case("normalize, clamped for some", lambda x: F.normalize(x, eps=1.5), "wn", invert=False),
+    Case("normalize by another norm", lambda x: F.normalize(x, p=3), "bn", False, False),
+    Case("log_softmax", lambda x: F.log_softmax(x, -1), "bkn", invert=False),
+    Case("softmax", lambda x: F.softmax(x, 1), "bnk", invert=False),
+    Case("attention by given probabilities", lambda p, v: torch.bmm(p, v), "bkw bwm", invert=False),
+    Case("linear and layer_norm", lambda x, w: F.layer_norm((x @ w).abs(), w.shape[1:]) @ w, "bkn nn", invert=False),
 ]
 
 REFUSED = [
-    Case("sin", torch.sin, "bn", invert=False),
-    Case("cos", torch.cos, "bn", invert=False),
-    Case("square", torch.square, "bn", invert=False),
-    Case("x times x", lambda x: x * x, "bn", invert=False, vijp=False),
-    Case("relu", torch.relu, "bn", invert=False, vijp=False),
-    Case("gelu", F.gelu, "bn", invert=False, vijp=False),
     Case("leaky_relu falling", lambda x: F.leaky_relu(x, -0.2), "bn", invert=False, vijp=False),
     Case("leaky_relu flat", lambda x: F.leaky_relu(x, 0.0), "bn", invert=False, vijp=False),
-    Case("prelu", F.prelu, "bn 1", invert=False, vijp=False),
     Case("mul by zero", lambda x: x * 0, "bn", invert=False, vijp=False),
     Case("the broadcast side", lambda x, b: x + b, "1n wn", invert=False, vijp=False),
     Case("to lower precision", lambda x: x.float(), "bn", invert=False, vijp=False),
     Case("to higher precision", lambda x: x.float().double(), "bn", invert=False, vijp=False),
     Case("a view of the bits", lambda x: x + x.detach().view(torch.int64).abs().clamp(max=1), "bn", invert=False),
-    Case("rounding", lambda x: torch.div(x, 2, rounding_mode="floor") + 0 * x, "bn", invert=False, vijp=False),
-    Case("masking", lambda x: x.masked_fill(x > 0, 0), "bn", invert=False, vijp=False),
+    # Its derivative is zero everywhere: the fragment is all of the cotangent.
+    Case("rounding", lambda x: torch.div(x, 2, rounding_mode="floor") + 0 * x, "bn", invert=False),
     Case("overlapping slices", lambda x: torch.cat([x[:, :3], x[:, 2:]], 1), "b6", invert=False, vijp=False),
     Case("a hole", lambda x: torch.cat([x[:, :2], x[:, 3:]], 1), "b6", invert=False),
-    Case("max alone", lambda x: torch.maximum(x[:, :2], x[:, 2:]), "b4", invert=False, vijp=False),
-    Case("maxmin of different pairs", lambda x: _maxmin_of_three(x), "b6", invert=False, vijp=False),
+    Case("circular", lambda x, w: F.conv2d(_circular(x), w), "b255 2233", invert=False, vijp=False),
+    Case("causal", lambda x, w: F.conv1d(F.pad(x, (2, 0)), w), "b27 223", invert=False, vijp=False),
     Case("cumsum", lambda x: x.cumsum(1), "bn", invert=False, vijp=False),
     Case("gather", lambda x: x.gather(1, torch.zeros_like(x, dtype=torch.int64)), "bn", invert=False, vijp=False),
 ]
+
+
+def _circular(x: Tensor) -> Tensor:
+    return F.pad(x, (1, 1, 1, 1), mode="circular")
 
 
 def _maxmin_of_three(x: Tensor) -> Tensor:
@@ -229,4 +491,21 @@ COMPOSITE = [
     Case("nested", lambda x, u, d, w: F.leaky_relu(_additive(x, u, d) @ w, 0.3).sinh(), "b8 46 64 88"),
 ]
 
-CASES = [*POINTWISE, *SHAPE, *LINEAR, *CONVOLUTION, *REFUSED, *COMPOSITE]
+# What a CPU never runs in one operation; tested in test_normalization.py.
+ON_OTHER_DEVICES = {"_fused_rms_norm", "_fused_rms_norm_backward"}
+
+CASES = [
+    *POINTWISE,
+    *ERASING,
+    *COMPOSED,
+    *POOLING,
+    *SHAPE,
+    *LINEAR,
+    *CONVOLUTION,
+    *STRIDED,
+    *FRAGMENTS,
+    *ITERATED,
+    *NORMALIZATION,
+    *REFUSED,
+    *COMPOSITE,
+]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from moonwalk_compile.passes.inverse import RULES
 
-from .cases import CASES
+from .cases import CASES, ON_OTHER_DEVICES
 from .check import SIZES, Case, check_inverse_rule
 
 sizes = st.fixed_dictionaries({letter: st.integers(low, high) for letter, (low, high) in SIZES.items()})
@@ -22,4 +22,4 @@ def test_rule(case: Case, sizes: dict[str, int], seed: int) -> None:
 def test_every_rule_is_used_by_a_case() -> None:
     largest = {letter: high for letter, (_, high) in SIZES.items()}
     used = set().union(*(check_inverse_rule(case, largest, 0) for case in CASES))
-    assert {name for name in RULES if f"inverse of {name}" not in used} == set()
+    assert {name for name in RULES if f"inverse of {name}" not in used} == ON_OTHER_DEVICES

@@ -113,6 +113,8 @@ def analysis_of(
         shortcuts=nothing,
         signs=nothing,
         strict_signs=nothing,
+        fragments=nothing,
+        watches=tuple((None, None) for _ in blocks),
         fakes={value.index: f"{value.dtype}{list(value.shape)}" for value in graph.values},
     )
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+import torch
 
 from moonwalk_compile.passes.blocks import Block, find_blocks
 from moonwalk_compile.passes.graph import Graph
+from moonwalk_compile.testing import capture_joint
 
 from .hand import Hand, Layer, chain
 
@@ -169,3 +171,54 @@ def test_late_edges_live_with_what_they_read():
     assert [[edge.gives[0] for edge in block.late] for block in blocks] == [[sign], []]
     assert turned in graph.static  # a view of a parameter is available everywhere
     assert blocks[0].demanded == (sign,)
+
+
+def test_products_with_an_untransposed_weight_are_blocks_of_their_own():
+    """The gradient of `x @ w` reads `x.t()`, a late view of what the block before made."""
+
+    def chain(x, *weights):
+        for weight in weights:
+            x = torch.tanh(x @ weight)
+        return x
+
+    capture = capture_joint(chain, [torch.randn(16, 8), *(torch.randn(8, 8) for _ in range(4))])
+    blocks = find_blocks(capture.graph)
+    assert len(blocks) == 4
+    for block in blocks:
+        at_hand = {*block.live_in, *capture.graph.static, *(v for e in block.forward for v in e.gives)}
+        for edge in block.late:
+            assert at_hand.issuperset(edge.needs)
+            at_hand.update(edge.gives)
+        assert at_hand.issuperset(block.demanded)
+
+
+def test_a_shared_constant_crosses_no_border():
+    def chain(x, *weights):
+        for weight in weights:
+            x = torch.tanh(x @ (weight + torch.eye(8, dtype=weight.dtype)).t())
+        return x
+
+    capture = capture_joint(chain, [torch.randn(16, 8), *(torch.randn(8, 8) for _ in range(4))])
+    constants = [edge for edge in capture.graph.edges if edge.label == "eye"]
+    assert len(constants) == 1
+    assert all(len(block.live_out) == 1 for block in find_blocks(capture.graph))
+
+
+def test_what_waits_for_the_end_does_not_hide_the_cuts():
+    """Each layer leaves new running statistics, which a mutation behind the forward pass reads, and an output."""
+    hand = Hand()
+    value, w = hand.input("x", 8), hand.input("w", 1, "parameter")
+    running = [hand.input(f"running{i}", 2, "buffer") for i in range(4)]
+    hand.input("h", 8, "tangent")
+    statistics, outputs = [], []
+    for _ in running:
+        value = hand.call("mm", [value, w], 8, expensive=True)
+        statistics.append(hand.call("mean", [value], 2))
+        outputs.append(hand.call("copy", [value], 3))
+    for target, new in zip(running, statistics, strict=True):
+        hand.call("copy_", [target, new], effect=True)
+    blocks = find_blocks(hand.graph([value, *outputs], [], mutated=running))
+    assert [block.forward[0].label for block in blocks] == ["mm"] * 4
+    borders = {value for block in blocks for value in (*block.live_in, *block.live_out)}
+    assert borders.isdisjoint(statistics)
+    assert borders >= set(outputs)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from moonwalk_compile.passes.capture import is_effect, is_random
+from moonwalk_compile.testing import capture_joint
 
 aten = torch.ops.aten
 
@@ -38,3 +39,16 @@ def test_mutations_and_assertions_are_effects() -> None:
     assert is_effect(call(aten.copy_.default, Tensor, Tensor))
     assert is_effect(call(aten._assert_async.default, Tensor))
     assert not is_effect(call(aten.add.Tensor, Tensor, Tensor))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_running_statistics_are_read_by_the_gradient_only_where_they_count(training: bool) -> None:
+    def norm(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        running = mean.detach(), variance.detach()
+        if training:
+            return aten._native_batch_norm_legit_functional(x, None, None, *running, True, 0.1, 1e-5)[0]
+        return aten._native_batch_norm_legit_no_training(x, None, None, *running, 0.1, 1e-5)[0]
+
+    graph = capture_joint(norm, [torch.randn(4, 3), torch.zeros(3), torch.ones(3)]).graph
+    (backward,) = (edge for edge in graph.edges if edge.label == "native_batch_norm_backward")
+    assert (backward.operations[0].args[3:5] == (None, None)) is training

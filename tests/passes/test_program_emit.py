@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from moonwalk_compile.passes.analysis import Analysis
-from moonwalk_compile.passes.emit import Facts, Schedule, Segment, Unreachable, emit, residue
+from moonwalk_compile.passes.emit import (
+    Facts,
+    Schedule,
+    Segment,
+    Unreachable,
+    block_inversion,
+    block_spine,
+    emit,
+    residue,
+)
 from moonwalk_compile.passes.graph import Ref
 from moonwalk_compile.passes.program import Builder, Program
 from moonwalk_compile.passes.verify import verify
@@ -201,3 +212,66 @@ def test_an_overwritten_input_is_part_of_the_residue():
     analysis = analysis_of(hand.graph([y], [gradient], mutated=[buffer]))
     assert residue(analysis, analysis.blocks[0]) == {buffer}
     assert buffer not in analysis.graph.static and x in analysis.graph.static
+
+
+def normalized(statistic: int) -> Analysis:
+    """Two layers y = norm(mm(x, w), mean) of 64 bytes, whose inverse needs the mean, of `statistic` bytes."""
+    hand = Hand()
+    x, w, h = hand.input("x", 64), hand.input("w", 2, "parameter"), hand.input("h", 64, "tangent")
+    layers, value = [], x
+    for i in range(2):
+        inner = hand.call("mm", [value, w], 64, expensive=True, sequence=2 * i)
+        mean = hand.call("mean", [inner], statistic, sequence=2 * i + 1)
+        layers.append((value, inner, mean))
+        value = hand.call("norm", [inner, mean], 64, sequence=2 * i + 1)
+    outer, cotangent = {0: layers[1][0], 1: value}, h
+    for i, (_, inner, mean) in reversed(list(enumerate(layers))):
+        middle = hand.call("norm_backward", [cotangent, inner, mean], 64, stage="backward", sequence=2 * i + 1)
+        cotangent = hand.call("mm", [middle, w], 64, stage="backward", expensive=True, sequence=2 * i)
+    inverse = {
+        i: [
+            edge([inner], [outer[i], mean], [64], "inverse of norm", kind="inverse"),
+            edge([before], [inner, w], [64], "inverse of mm", kind="inverse"),
+        ]
+        for i, (before, inner, mean) in enumerate(layers)
+    }
+    return analysis_of(hand.graph([value], [cotangent]), inverse)
+
+
+def test_an_inversion_keeps_small_values_that_it_needs():
+    analysis = normalized(statistic=4)
+    first, second = analysis.blocks
+    (mean,) = block_inversion(analysis, second).residuals
+    assert analysis.graph.values[mean].name.startswith("mean")
+    segments = [Segment(0, 0, "keep", frozenset(first.demanded)), Segment(1, 1, "invert", frozenset([mean]))]
+    schedule = emit(Facts(analysis), segments)
+    assert "inverse of norm" not in labels(schedule.forward)
+    assert labels(schedule.backward)[:2] == ["inverse of norm", "inverse of mm"]
+    assert mean in schedule.kept
+
+
+def test_an_inversion_does_not_keep_large_values():
+    analysis = normalized(statistic=5)  # more than a sixteenth of 64
+    assert block_inversion(analysis, analysis.blocks[1]).missing
+
+
+def test_a_spine_prefers_one_large_residual_to_two():
+    hand = Hand()
+    large = 10**10  # ten seconds
+    x, w, h = hand.input("x", large), hand.input("w", 2, "parameter"), hand.input("h", 8, "tangent")
+    a = hand.call("mm", [x, w], large, expensive=True, sequence=0)
+    b = hand.call("mm", [a, w], large, expensive=True, sequence=1)
+    double = hand.call("double", [b], large, sequence=2)
+    y = hand.call("norm", [b, double], 8, sequence=2)
+    left = hand.call("by", [h, b], 8, stage="backward", sequence=2)
+    right = hand.call("by", [h, double], 8, stage="backward", sequence=2)
+    total = hand.call("add", [left, right], 8, stage="backward", sequence=2)
+    lower = hand.call("mm", [total, w], 8, stage="backward", sequence=1, expensive=True)
+    gradient = hand.call("mm", [lower, w], 8, stage="backward", sequence=0, expensive=True)
+    analysis = analysis_of(hand.graph([y], [gradient]))
+    block = analysis.blocks[1]
+    assert block_spine(analysis, block).residuals == (b, double)
+    shortcut = edge([total], [h, b], [8], "shortcut", seconds=5.0, stage="backward")
+    nothing: tuple[()] = ()
+    shorter = replace(analysis, shortcuts=(nothing, (shortcut,)))
+    assert block_spine(shorter, block).residuals == (b,)

@@ -1,0 +1,125 @@
+"""Training spoils conditioning: chains that drift are found at every step, and demoted before gradients suffer."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moonwalk_compile import moonwalk_compile
+from moonwalk_compile.measure import gradient_error, gradients
+from moonwalk_compile.passes.drift import SAMPLE, comparer, sampler, steps_of
+from moonwalk_compile.session import Session
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+
+class Arsinh(nn.Module):
+    """Smooth and invertible: at a kink, noise of any size would pick another subgradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.asinh(x)
+
+
+class Absolute(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs()
+
+
+def chain(activation: type[nn.Module], depth: int = 10, width: int = 32) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        linear = nn.Linear(width, width)
+        nn.init.orthogonal_(linear.weight)
+        layers += [linear, activation()]
+    return nn.Sequential(*layers)
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return (model(x) - y).square().mean()
+
+
+def train(model: nn.Module, steps: int) -> tuple[float, list[str]]:
+    """The largest gradient error of all steps, and what was warned of: Adam at a rate that ruins the weights."""
+    plain = copy.deepcopy(model)
+    moonwalk_compile(model, strategies=("invert", "checkpoint"), lowering="eager", max_slowdown=3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    batch = torch.randn(256, 32), torch.randn(256, 32)
+    worst, said = 0.0, []
+    for _ in range(steps):
+        plain.load_state_dict(model.state_dict())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for each in (model, plain):
+                each.zero_grad()
+                loss_of(each, *batch).backward()
+        worst = max(worst, gradient_error(gradients(model), gradients(plain)))
+        said += [str(warning.message) for warning in caught]
+        optimizer.step()
+    return worst, said
+
+
+def test_a_net_whose_weights_grow_ill_conditioned_is_demoted_in_time() -> None:
+    model = chain(Arsinh)
+    error, said = train(model, steps=9)
+    assert error < 1e-3
+    assert said and all("inversion would now cause a gradient error" in line for line in said)
+    inverted = sum(segment.blocks for segment in model.plan.segments if segment.strategy == "invert")
+    assert inverted < 9, "some of the chain was demoted"
+
+
+def test_without_the_watch_the_same_training_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certificates that are measured now and then would come too late."""
+    monkeypatch.setattr(Session, "drifts", lambda session: {})
+    error, _ = train(chain(Arsinh), steps=9)
+    assert error > 1e-3
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize(("activation", "strategy"), [(Arsinh, "invert"), (Absolute, "moonwalk")])
+def test_every_chain_is_watched(
+    monkeypatch: pytest.MonkeyPatch, activation: type, strategy: str, lowering: str
+) -> None:
+    seen: list[dict[object, float]] = []
+    drifts = Session.drifts
+
+    def asked(session: Session) -> dict[object, float]:
+        seen.append(drifts(session))
+        return seen[-1]
+
+    monkeypatch.setattr(Session, "drifts", asked)
+    model = moonwalk_compile(
+        chain(activation), strategies=(strategy, "keep"), lowering=lowering, max_slowdown=3, tolerance=1e-3
+    )
+    x, y = torch.randn(256, 32), torch.randn(256, 32)
+    for _ in range(3):
+        loss_of(model, x, y).backward()
+    chains = [segment for segment in model.plan.segments if segment.strategy == strategy]
+    assert chains and len(seen[-1]) == len(chains)
+    assert all(0 < size < 1e-3 for size in seen[-1].values())
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (4096, 256), (16, 512, 128), (1, 3, 224, 224), (2,) * 15])
+def test_samples_are_small_and_spread(shape: tuple[int, ...]) -> None:
+    sample = sampler(shape)(torch.arange(float(math.prod(shape))).reshape(shape))
+    assert min(math.prod(shape), SAMPLE // 2) <= sample.numel() <= 2 * SAMPLE
+    assert sample.is_contiguous()
+    assert all(step <= size for step, size in zip(steps_of(shape), shape, strict=True))
+
+
+def test_the_distance_is_relative_and_ties_are_left_out() -> None:
+    true = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+    shape = tuple(true.shape)
+    sample = sampler(shape)(true)
+    assert comparer(shape, ties=False)(sample, 1.5 * true).item() == pytest.approx(0.5)
+    torn = true.clone()
+    torn[0] = 100
+    assert comparer(shape, ties=False)(sample, torn) > 1
+    assert comparer(shape, ties=True)(sample, torn) == 0
+    assert comparer(shape, ties=True)(torch.zeros_like(sample), torch.zeros(shape)) == 0
+    assert not comparer(shape, ties=False)(sample, true / 0) <= 1
