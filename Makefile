@@ -21,10 +21,10 @@ demo: venv
 	$(BIN)/moonwalk demo
 
 test: venv
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 test-slow: venv
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n 2 -m slow
 
 lint: venv
 	$(BIN)/ruff check .
