@@ -117,9 +117,8 @@ class Planner:
 
 @pytest.fixture
 def planner(monkeypatch) -> Planner:
-    api = types.ModuleType("moonwalk_compile.api")
-    api.plan_model = planner = Planner()  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "moonwalk_compile.api", api)
+    planner = Planner()
+    monkeypatch.setattr("moonwalk_compile.api.plan_model", planner)
     return planner
 
 
