@@ -27,7 +27,7 @@ from .passes._torch_compat import (
 from .passes.cost import find_device
 from .report import Plan
 from .session import Session
-from .uncaptured import Flag, blocks_to_checkpoint, checkpointed, decided, flags_of
+from .uncaptured import Flag, decided, flags_of
 
 Model = TypeVar("Model", bound=nn.Module)
 SIZES = 64  # input sizes that get a plan of their own
@@ -81,7 +81,6 @@ class _Driver:
         self.model, self.options, self.fullgraph = model, options, fullgraph
         self.compiled: Callable[..., Any] = model._call_impl
         self.plain = False
-        self.blocks: list[nn.Module] = []  # checkpointed while it trains plain
         self.flags: tuple[Flag, ...] = ()  # on which the model branches
         self.flag_values: tuple[Any, ...] = ()  # when it was given up
         self.graphs = 0  # compiled for training
@@ -96,7 +95,7 @@ class _Driver:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.plain and self.flag_values == self._flag_values():
-            return self._run_plain(args, kwargs)
+            return self.model._call_impl(*args, **kwargs)
         graphs, breaks = self.graphs, Counter(dynamo_counters["graph_break"])
         try:
             with dynamo_config.patch(recompile_limit=SIZES, accumulated_recompile_limit=4 * SIZES), decided(self.flags):
@@ -121,25 +120,19 @@ class _Driver:
     def _give_up(self, error: TorchDynamoException, args: Any, kwargs: Any) -> Any:
         """Run as the model is: for good, or until its flags say that it has initialised itself from data."""
         self.flag_values = self._flag_values()
-        if self.fullgraph:
-            self.blocks = blocks_to_checkpoint(self.model, self.options.strategies, self.options.max_slowdown)
         if self.flags and not isinstance(unwrap(error), MoonwalkError):
-            result = self._run_plain(args, kwargs)
+            result = self.model._call_impl(*args, **kwargs)
             if self.flag_values != self._flag_values():
                 return result
             reason = self._reason_to_give_up(error)
         else:
             reason = self._reason_to_give_up(error)
-            result = self._run_plain(args, kwargs)  # what this raises is the user's own error, and nobody gives up
+            # What this raises is the user's own error, and nobody gives up.
+            result = self.model._call_impl(*args, **kwargs)
         self.plain = True
-        name, count = type(self.model).__name__, len(self.blocks)
-        how = f"trains with its {count} repeated modules checkpointed" if count else "trains plain"
-        warnings.warn(f"moonwalk: {name} {how}, it could not be compiled: {reason}", stacklevel=4)
+        name = type(self.model).__name__
+        warnings.warn(f"moonwalk: {name} trains plain, it could not be compiled: {reason}", stacklevel=4)
         return result
-
-    def _run_plain(self, args: Any, kwargs: Any) -> Any:
-        with checkpointed(self.blocks):
-            return self.model._call_impl(*args, **kwargs)
 
     def _warn_of_breaks(self, graphs: int, breaks: Sequence[str], result: Any) -> None:
         """Each part of a broken graph has the whole budget, and what is in no part has none."""
