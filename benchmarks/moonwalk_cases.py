@@ -232,7 +232,7 @@ def step_case(case: str, settings: Any) -> Result:
         result.points.append(Point(case, name, depth, peak, gradient_bytes(model)))
     kept, freed = (point.peak for point in result.points)
     found = f"{kept / 2**20:.1f} and {freed / 2**20:.1f} MiB; gradients {gradient_bytes(base) / 2**20:.1f}"
-    result.judge("gradients' bytes gone from the peak", found, kept - freed >= 0.9 * gradient_bytes(base))
+    result.judge("the whole peak below a quarter of the gradients' bytes", found, 4 * freed <= gradient_bytes(base))
     return result
 
 
