@@ -140,12 +140,12 @@ def constant_case(case: str, settings: Any) -> Result:
 def algorithms_case(case: str, settings: Any, *, depth: int, faster: float) -> Result:
     """Every algorithm on one RevNet in double precision; naive forward mode by a part of its products, scaled up."""
     result, chunk = Result(), 16
-    base, (x, label) = rev_net(depth, False)
-    base, batch = base.double(), (x.double(), label)
+    base, (x, _) = rev_net(depth, False)
+    base, batch = base[:depth].double(), (x.double(), torch.zeros_like(x.double()))  # without the classifier
     elements = sum(p.numel() for p in base.parameters())
-    reference = ALGORITHMS["backprop"](base, F.cross_entropy, batch)[1]
+    reference = ALGORITHMS["backprop"](base, F.mse_loss, batch)[1]
     for name in ("backprop", "checkpointed_backprop", "rev_backprop", "moonwalk_mixed"):
-        run = partial(ALGORITHMS[name], base, F.cross_entropy, batch)
+        run = partial(ALGORITHMS[name], base, F.mse_loss, batch)
         _, found = run()
         seconds = time_interleaved({name: run}, repeats=settings.repeats)[name].seconds
         peak = measure_step(run).peak_bytes
@@ -167,7 +167,7 @@ def _seconds_of_jvps(model: nn.Module, batch: tuple[Tensor, Tensor], count: int)
 
     def loss(weight: Tensor) -> Tensor:
         output = torch.func.functional_call(model, {**names, first: weight}, (batch[0],))
-        return F.cross_entropy(output, batch[1])
+        return F.mse_loss(output, batch[1])
 
     basis = torch.eye(names[first].numel(), dtype=names[first].dtype)
     while len(basis) < count:
@@ -232,7 +232,7 @@ def step_case(case: str, settings: Any) -> Result:
         result.points.append(Point(case, name, depth, peak, gradient_bytes(model)))
     kept, freed = (point.peak for point in result.points)
     found = f"{kept / 2**20:.1f} and {freed / 2**20:.1f} MiB; gradients {gradient_bytes(base) / 2**20:.1f}"
-    result.judge("gradients' bytes gone from the peak", found, kept - freed >= 0.9 * gradient_bytes(base))
+    result.judge("the whole peak below a quarter of the gradients' bytes", found, 4 * freed <= gradient_bytes(base))
     return result
 
 
