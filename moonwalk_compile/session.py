@@ -23,12 +23,13 @@ from .passes.certificates import INVERTED, Certificate, chain_error
 from .passes.certify import Certifier
 from .passes.cost import Device
 from .passes.drift import Drift
-from .passes.emit import Facts, Segment
+from .passes.emit import Segment
 from .passes.graph import Graph, Role
 from .passes.inverse.constants import Constants, is_candidate
 from .passes.lower import Boxed, Half, Lowerer, as_boxed
 from .passes.plan import NoPlan, Planned, Planner
 from .passes.rewrite import to_halves
+from .passes.solutions import Facts
 from .passes.timing import Clock
 from .passes.verify import verify, verify_certified
 from .passes.workspace import Workspaces

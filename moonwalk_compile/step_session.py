@@ -15,7 +15,6 @@ from torch import Tensor, fx
 
 from .errors import UsageError
 from .meter import StepMeter, WholeMeter
-from .passes.emit import Facts
 from .passes.graph import Ref
 from .passes.joint import JointMeasure, UpdateImpossible, Updates, handing_back, handing_over, verify_updates
 from .passes.joint_lower import JointLowerer
@@ -23,6 +22,7 @@ from .passes.lower import Boxed, Half, as_boxed, boxed_eager
 from .passes.plan import Planned, Planner
 from .passes.program import Program
 from .passes.rewrite import to_module
+from .passes.solutions import Facts
 from .passes.workspace import Workspaces
 from .passes.wrapper_memory import Workspace
 from .report import Plan

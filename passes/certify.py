@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .analysis import Analysis, Pack
 from .certificates import INVERTED, Certificate
-from .emit import Facts, Segment, drawn
+from .emit import Segment
 from .graph import Edge
 from .interpret import run_edge
+from .solutions import Facts, drawn
 
 TIES = 1e-5  # the part of a tensor's elements that may lie exactly on a kink (x = 0 in |x|, a = b in max(a, b))
 DROWNED = 1e-2  # relative noise beyond which recovered values say nothing of the true ones

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from .analysis import Analysis
 from .blocks import Block
 from .cost import base_name, operation_seconds
-from .emit import BackwardEmitter, Facts, ForwardEmitter, Segment, Unreachable
+from .emit import BackwardEmitter, ForwardEmitter, Segment, Unreachable
 from .graph import Edge, Ref
 from .program import Program
 from .reuse import simulated
+from .solutions import Facts
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from .analysis import Analysis
 from .cost import operation_seconds
-from .emit import Facts, Schedule, Segment
+from .emit import Schedule, Segment
 from .graph import Operation, Ref, map_refs, refs_in
 from .liveness import Timeline, simulate
 from .plan import Planned
 from .program import Instruction, Program
 from .reuse import is_fresh, written_over
+from .solutions import Facts
 from .verify import VerificationError
 
 

@@ -12,9 +12,10 @@ from functools import cached_property
 
 from .certificates import INVERTED, TRUSTED, Certificate, Noise
 from .costs import Cost, segment_cost, signature, with_passing
-from .emit import Facts, Segment, drawn, residue
+from .emit import Segment
 from .keepsets import keep_sets
 from .nesting import SPLITS, Nesting, Piece, Unit, segments_of
+from .solutions import Facts, drawn, residue
 
 PRICES = (16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.0)
 

@@ -19,11 +19,12 @@ import numpy as np
 from .certificates import INVERTED, Certificate, chain_error
 from .cost import base_name, operation_seconds
 from .costs import backward_program
-from .emit import Facts, Schedule, Segment, Unreachable, emit
+from .emit import Schedule, Segment, Unreachable, emit
 from .fronts import FRONT, Floats, Front, Table, column, extend, start
 from .liveness import Timeline
 from .moves import Move, MoveMaker
 from .reuse import simulated
+from .solutions import Facts
 
 CLOSE = 0.002  # part of a budget that is not worth another round
 HARDLY = 0.01  # part of a step's time that a plan of fewer segments may take longer

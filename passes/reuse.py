@@ -15,10 +15,10 @@ import torch
 
 from ._torch_compat import OpOverload, is_composite
 from .analysis import Analysis
-from .emit import Facts
 from .graph import Operation, Ref
 from .liveness import Timeline, simulate
 from .program import Instruction, Program
+from .solutions import Facts
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from moonwalk_compile.passes.analysis import Analysis, analyse
 from moonwalk_compile.passes.bits import take_marked
 from moonwalk_compile.passes.certify import MOST_GROWTH, Certifier
 from moonwalk_compile.passes.cost import DEVICES
-from moonwalk_compile.passes.emit import Facts, Segment, emit
+from moonwalk_compile.passes.emit import Segment, emit
 from moonwalk_compile.passes.graph import refs_in
 from moonwalk_compile.passes.interpret import run_edges
 from moonwalk_compile.passes.rewrite import to_module
+from moonwalk_compile.passes.solutions import Facts
 from moonwalk_compile.passes.verify import verify
 from moonwalk_compile.testing import capture_joint, true_values
 

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moonwalk_compile.passes.costs import segment_cost
-from moonwalk_compile.passes.emit import Facts, Segment
+from moonwalk_compile.passes.emit import Segment
 from moonwalk_compile.passes.plan import Planner
+from moonwalk_compile.passes.solutions import Facts
 from moonwalk_compile.passes.verify import verify
 
 from .hand import Layer, chain

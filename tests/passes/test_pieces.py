@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 
 from moonwalk_compile.passes.analysis import Analysis
-from moonwalk_compile.passes.emit import Facts, Segment, emit
+from moonwalk_compile.passes.emit import Segment, emit
 from moonwalk_compile.passes.inductor import Lowered, OutputStorage
 from moonwalk_compile.passes.lower import Ownership
 from moonwalk_compile.passes.pieces import Piece, cut_pieces, group_by_block
 from moonwalk_compile.passes.program import Program
+from moonwalk_compile.passes.solutions import Facts
 
 from .hand import Layer, chain
 

@@ -7,18 +7,10 @@ from dataclasses import replace
 import pytest
 
 from moonwalk_compile.passes.analysis import Analysis
-from moonwalk_compile.passes.emit import (
-    Facts,
-    Schedule,
-    Segment,
-    Unreachable,
-    block_inversion,
-    block_spine,
-    emit,
-    residue,
-)
+from moonwalk_compile.passes.emit import Schedule, Segment, Unreachable, emit
 from moonwalk_compile.passes.graph import Ref
 from moonwalk_compile.passes.program import Builder, Program
+from moonwalk_compile.passes.solutions import Facts, block_inversion, block_spine, residue
 from moonwalk_compile.passes.verify import verify
 
 from .hand import Hand, Layer, analysis_of, chain, edge

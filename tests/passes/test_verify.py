@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from moonwalk_compile.passes.analysis import Analysis
-from moonwalk_compile.passes.emit import Facts, Schedule, Segment, emit
+from moonwalk_compile.passes.emit import Schedule, Segment, emit
 from moonwalk_compile.passes.graph import Ref
 from moonwalk_compile.passes.program import Program
+from moonwalk_compile.passes.solutions import Facts
 from moonwalk_compile.passes.verify import VerificationError, verify, verify_certified
 
 from .hand import Hand, Layer, analysis_of, chain
