@@ -123,7 +123,7 @@ class _Packer:
         self.capture, self.device = capture, device
         self.values = list(capture.graph.values)
         self.fakes = {value.index: capture.fake(value.index) for value in capture.graph.values}
-        self.watch_traces: dict[Any, Any] = {}
+        self.traces: dict[Any, Any] = {}
         self.watches: dict[int, Watch] = {}
 
     def add_value(self, like: int, fake: Any, suffix: str, stage: Stage) -> int:
@@ -134,10 +134,17 @@ class _Packer:
         self.fakes[index] = fake
         return index
 
+    def trace(self, key: Any, function: Callable[..., Any], *inputs: Any) -> Any:
+        """`trace_operations`, once for inputs of equal layout; `key` stands for the function."""
+        layouts = tuple((tuple(fake.shape), fake.stride(), fake.dtype, fake.device) for fake in inputs)
+        if (key, layouts) not in self.traces:
+            self.traces[key, layouts] = trace_operations(function, inputs)
+        return self.traces[key, layouts]
+
     def edge(
-        self, function: Callable[..., Any], source: int, fake: Any, target: int | None, label: str
+        self, key: Any, function: Callable[..., Any], source: int, fake: Any, target: int | None, label: str
     ) -> tuple[Edge, Any]:
-        operations, results, fakes = trace_operations(function, (fake,))
+        operations, results, fakes = self.trace(key, function, fake)
         given = self.add_value(source, fakes[0], label, "late") if target is None else target
         edge = Edge((given,), (source,), operations, results, label, "codec", "late")
         return replace(edge, seconds=edge_seconds(edge, self.device)), fakes[0]
@@ -149,9 +156,11 @@ class _Packer:
         if not (fake.is_contiguous() and read.is_contiguous() and fake.shape == read.shape):
             return None
         shape = tuple(fake.shape)
-        encode, bits = self.edge(lambda v: pack_bits(v, *packing.between), source, read, None, "bits")
+        between = packing.between
+        encode, bits = self.edge(("bits", between), lambda v: pack_bits(v, *between), source, read, None, "bits")
         target = value if exact else None
         decode, decoded = self.edge(
+            ("unpacked", shape, packing.high, packing.low, fake.dtype),
             lambda p: unpack_two(p, shape, packing.high, packing.low, fake.dtype),
             encode.gives[0],
             bits,
@@ -164,8 +173,8 @@ class _Packer:
 
     def copy(self, value: int) -> Pack:
         fake = self.capture.fake(value)
-        encode, copied = self.edge(lambda v: v.clone(), value, fake, None, "copy")
-        decode, _ = self.edge(lambda v: v.view(v.shape), encode.gives[0], copied, value, "original")
+        encode, copied = self.edge("copy", lambda v: v.clone(), value, fake, None, "copy")
+        decode, _ = self.edge("original", lambda v: v.view(v.shape), encode.gives[0], copied, value, "original")
         return Pack(value, encode.gives[0], encode, decode)
 
     def copy_of_view(self, value: int, whole: Pack) -> Pack:
@@ -175,7 +184,7 @@ class _Packer:
         if not alike or view.dtype != base.dtype:
             return self.copy(value)
         place = (tuple(view.shape), view.stride(), view.storage_offset())
-        decode, _ = self.edge(lambda v: v.as_strided(*place), whole.kept, copied, value, "view of original")
+        decode, _ = self.edge(place, lambda v: v.as_strided(*place), whole.kept, copied, value, "view of original")
         return Pack(value, whole.kept, whole.encode, decode)
 
     def watch(self, values: Sequence[int]) -> Watch | None:
@@ -192,11 +201,8 @@ class _Packer:
     def _watch(self, value: int, fake: Tensor) -> Watch:
         stage = self.values[value].stage
         shape, ties = tuple(fake.shape), stage == "backward"
-        key = (shape, fake.stride(), fake.dtype, str(fake.device), ties)
-        if key not in self.watch_traces:
-            taken = trace_operations(sampler(shape), (fake,))
-            self.watch_traces[key] = taken, trace_operations(comparer(shape, ties), (taken[2][0], fake))
-        (take, taken_slots, sample), (ask, ask_slots, answer) = self.watch_traces[key]
+        take, taken_slots, sample = self.trace("sample", sampler(shape), fake)
+        ask, ask_slots, answer = self.trace(("drift", ties), comparer(shape, ties), sample[0], fake)
         later: Stage = "backward" if ties else "late"
         kept = self.add_value(value, sample[0], "sample", later)
         drift = self.add_value(value, answer[0], "drift", "backward")
