@@ -13,11 +13,11 @@ from moonwalk_compile.options import Options
 from moonwalk_compile.passes.plan import HARDLY, Planned, Planner
 
 
-@pytest.fixture(scope="module")
-def planner() -> Planner:
+@pytest.fixture
+def planner(fresh_compiler: None) -> Planner:
     def build() -> object:
         torch.manual_seed(0)
-        return reversible.build(blocks=16, half=64, batch=8, tokens=128)
+        return reversible.build(blocks=8, half=64, batch=8, tokens=128)
 
     found = fake_session(build, Options(lowering="eager"), "cpu").planner
     assert found is not None
