@@ -21,10 +21,10 @@ demo: venv
 	$(BIN)/moonwalk demo
 
 test: venv
-	$(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 test-slow: venv
-	$(BIN)/python -m pytest -q -n 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
 
 lint: venv
 	$(BIN)/ruff check .
