@@ -21,7 +21,7 @@ from .constants import Constants, constant_regions, divides_by_mask
 from .orthogonal import orthogonal_values
 from .rank_one import find_rank_one
 from .regions import find_regions
-from .rule import Call, Recipe, Region, Rule
+from .rule import Call, Recipe, Region, Rule, result_places
 from .spine import find_input_gradients
 
 FAMILIES = (pointwise, erasing, pooling, shape, linear, convolution, normalization)
@@ -52,13 +52,6 @@ def _outputs(capture: Capture, edge: Edge) -> tuple[Tensor | None, ...]:
     whole = capture.nodes[edge.gives[0]].args[0]
     given = dict(zip(places, fakes, strict=True))
     return tuple(given.get(i) for i in range(len(whole.meta["val"])))  # type: ignore[union-attr]
-
-
-def result_places(edge: Edge) -> list[int]:
-    """The position of each of `edge.gives` in the result of the call."""
-    if edge.results == (len(edge.needs),):
-        return [0]
-    return [edge.operations[result - len(edge.needs)].args[1] for result in edge.results]
 
 
 @dataclass(frozen=True)

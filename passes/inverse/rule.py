@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..graph import Ref
+from ..graph import Edge, Ref
 
 
 @dataclass(frozen=True)
@@ -104,3 +104,10 @@ class Packing:
 
 
 Rule = Callable[[Call], Iterator[Recipe]]
+
+
+def result_places(edge: Edge) -> list[int]:
+    """The position of each of `edge.gives` in the result of the call."""
+    if edge.results == (len(edge.needs),):
+        return [0]
+    return [edge.operations[result - len(edge.needs)].args[1] for result in edge.results]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..capture import Capture
 from ..graph import Edge, Ref
-from .rule import Region
+from .rule import Region, result_places
 
 
 def find_input_gradients(capture: Capture) -> Iterator[Region]:
@@ -29,7 +29,7 @@ def find_input_gradients(capture: Capture) -> Iterator[Region]:
 
 def _input_gradient(capture: Capture, edge: Edge) -> Region | None:
     cotangent, _, weight, _, *geometry = edge.operations[0].args
-    given = next((value for value, place in zip(edge.gives, _places(edge), strict=True) if place == 0), None)
+    given = next((value for value, place in zip(edge.gives, result_places(edge), strict=True) if place == 0), None)
     if given is None or not all(isinstance(ref, Ref) for ref in (cotangent, weight)):
         return None
     needs = (edge.needs[cotangent.slot], edge.needs[weight.slot])
@@ -44,11 +44,6 @@ def _input_gradient(capture: Capture, edge: Edge) -> Region | None:
 def _listed(item: Any) -> Any:
     """Hashable: equal regions are traced once."""
     return tuple(item) if isinstance(item, (list, tuple)) else item
-
-
-def _places(edge: Edge) -> list[int]:
-    """The position of each of `edge.gives` in the result of the call."""
-    return [edge.operations[result - len(edge.needs)].args[1] for result in edge.results]
 
 
 def _gradient(
