@@ -181,7 +181,7 @@ def find_blocks(graph: Graph, inverse: Iterable[Edge] = ()) -> tuple[Block, ...]
             backward=tuple(backward[i]),
             live_in=tuple(sorted(live[borders[i]])),
             live_out=tuple(sorted(live[borders[i + 1]])),
-            demanded=_demanded(graph, backward[i]),
+            demanded=demanded(graph, backward[i]),
             cotangents_in=tuple(sorted(v for v in reader if producer[v] > i >= reader[v])),
             cotangents_out=tuple(sorted(v for v in reader if producer[v] >= i > reader[v])),
             gradients=tuple(sorted(v for e in backward[i] for v in e.gives if v in gradients)),
@@ -222,7 +222,8 @@ def _first_readers(late: Sequence[Edge], backward: Sequence[Sequence[Edge]]) -> 
     return readers
 
 
-def _demanded(graph: Graph, edges: Iterable[Edge]) -> tuple[int, ...]:
+def demanded(graph: Graph, edges: Iterable[Edge]) -> tuple[int, ...]:
+    """The forward values that backward edges read."""
     return tuple(
         sorted(
             {

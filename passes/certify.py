@@ -9,7 +9,7 @@ is redrawn at each block misses operators that are aligned with each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -36,26 +36,33 @@ class Values:
     def __init__(self, analysis: Analysis, primals: Mapping[int, Tensor]) -> None:
         self.analysis, self.primals = analysis, dict(primals)
 
-    def run(self, edges: Iterable[Edge], start: Mapping[int, Tensor], wanted: Iterable[int]) -> State:
-        """The `wanted` values after running `edges` in order from `start`; each other value dies after its last use."""
+    def run(
+        self, edges: Iterable[Edge], start: Mapping[int, Tensor], wanted: Iterable[int], fixed: Set[int] = frozenset()
+    ) -> State:
+        """The `wanted` values after running `edges` in order from `start`; each other value dies after its last use.
+
+        The `fixed` ones stay as they are at the start, whatever an edge makes of them.
+        """
         edges, wanted = list(edges), set(wanted)
         last = {value: position for position, edge in enumerate(edges) for value in edge.needs}
         reached: State = dict(start)
         for position, edge in enumerate(edges):
             needs = [self._value(value, reached) for value in edge.needs]
-            given = [self._attribute(edge)] if isinstance(edge.operations[0].target, str) else run_edge(edge, needs)
-            reached.update(zip(edge.gives, given, strict=True))
+            given = zip(edge.gives, self._run(edge, needs), strict=True)
+            reached.update((value, tensor) for value, tensor in given if value not in fixed)
             del needs
             for value in edge.needs:
                 if last[value] == position and value not in wanted:
                     reached.pop(value, None)
         return {value: reached[value] for value in wanted if value in reached}
 
-    def _attribute(self, edge: Edge) -> Tensor:
-        """A constant of the captured graph, `torch.tensor(...)` in the user's code."""
+    def _run(self, edge: Edge, needs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if not (len(edge.operations) == 1 and isinstance(edge.operations[0].target, str)):
+            return run_edge(edge, needs)
+        # A constant of the captured graph, `torch.tensor(...)` in the user's code.
         module = self.analysis.capture.nodes[edge.gives[0]].graph.owning_module
         found: Tensor = getattr(module, str(edge.operations[0].target))
-        return found
+        return (found,)
 
     def _value(self, value: int, reached: State) -> Tensor:
         if value in reached:
@@ -63,7 +70,7 @@ class Values:
         if value in self.primals:
             return self.primals[value]
         edge = self.analysis.graph.definition[value]  # a view of an input
-        return dict(zip(edge.gives, run_edge(edge, [self._value(v, reached) for v in edge.needs]), strict=True))[value]
+        return dict(zip(edge.gives, self._run(edge, [self._value(v, reached) for v in edge.needs]), strict=True))[value]
 
 
 @dataclass(frozen=True)
@@ -246,14 +253,17 @@ class Certifier:
         block = self.analysis.blocks[index]
         inversion = self.facts.inversion(index)
         edges = [edge for edge in inversion.solution.program(block.live_in) if edge.label != "residual"]
-        leaving = (*block.live_out, *inversion.residuals)  # what is kept of a block belongs to the point it is at
+        # What is kept of a block belongs to the point it is at; but sides stay as they are, at every point nearby.
+        sides = inversion.sides
+        leaving = (*block.live_out, *(value for value in inversion.residuals if value not in sides))
+        forward = [edge for edge in self._forward_edges(index) if not edge.gives or not sides.issuperset(edge.gives)]
 
         def recover(state: State) -> State:
-            reached = self.values.run(edges, {**masks, **state}, block.live_in)
+            reached = self.values.run(edges, {**masks, **state}, block.live_in, sides)
             return _picked(block.live_in, reached, state)
 
         def apply(state: State, _: State) -> State:
-            reached = self.values.run(self._forward_edges(index), {**masks, **state}, leaving)
+            reached = self.values.run(forward, {**masks, **state}, leaving, sides)
             return _picked(leaving, reached, state)
 
         return _Link(index, recover, apply, block.live_in)

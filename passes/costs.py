@@ -48,8 +48,7 @@ def backward_program(facts: Facts, segment: Segment) -> Program:
     emitter.run(segment)
     passing = facts.passing(segment.span)
     gradients = [value for index in segment.span for value in facts.gradients(index)]
-    leaving = [*first.cotangents_out, *gradients, *(first.live_in if segment.strategy == "invert" else ())]
-    leaving = [value for value in leaving if value not in passing]
+    leaving = [value for value in (*first.cotangents_out, *gradients) if value not in passing]
     emitter.ensure(leaving, segment.first)
     slots = dict.fromkeys(emitter.builder.environment[value] for value in leaving)
     first_inputs = [value for value in last.cotangents_in if value in emitter.given and value not in passing]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from .analysis import Analysis
-from .blocks import Block
 from .drift import Drift, Watch
 from .graph import Edge, Ref
 from .inverse import Solution, solve
@@ -70,6 +69,7 @@ class BackwardEmitter:
         self.kept, self.given = frozenset(kept), frozenset(given)
         self.kept |= {self.analysis.packs[value].kept for value in self.kept if value in self.analysis.packs}
         self.routes: dict[int, Edge] = {}
+        self.sides: frozenset[int] = frozenset()  # of the block that is being inverted
         self.watching = watching
         self.drifts: list[tuple[Drift, int]] = []  # with the slot of each
         self.default = self._forward_routes(range(len(self.analysis.blocks)) if span is None else span)
@@ -110,6 +110,7 @@ class BackwardEmitter:
                 stack.extend(reversed(waiting))
             else:
                 self.builder.emit(edge, block)
+                self.builder.forget(self.sides.intersection(edge.gives) - {value})  # those that are kept count
                 stack.pop()
             if len(stack) > 100_000:
                 raise Unreachable(self.graph.values[value].name)
@@ -122,16 +123,22 @@ class BackwardEmitter:
         if segment.inner:
             self._nested(segment)
             return
+        there = set(self.builder.environment)
         watched = self._watched(segment, segment.span, 0) if segment.strategy == "invert" else None
         for index in reversed(segment.span):
-            block = self.analysis.blocks[index]
+            block, edges = self.analysis.blocks[index], self.analysis.blocks[index].backward
             if segment.strategy == "invert":
-                self._follow(self.facts.inversion(index).solution)
+                inversion = self.facts.inversion(index)
+                edges, self.sides = inversion.backward, inversion.sides
+                self._follow(inversion.solution)
                 self.ensure(block.live_in, index)
             if watched is not None and watched[0] == index:
                 self.builder.input(watched[1].kept)
                 self._compare(segment, watched[1])
-            self._backward(block)
+            self._backward(edges, index)
+        if segment.strategy == "invert":
+            self.sides = frozenset()
+            self._forget_forward(there)  # noisy: what the segments before read of them, they have exactly
 
     def _watched(self, segment: Segment, order: Iterable[int], which: int) -> tuple[int, Watch] | None:
         """The first watch on what a chain recovers: what is kept or given anyway is not recovered."""
@@ -169,12 +176,12 @@ class BackwardEmitter:
         values = self.graph.values
         self.builder.forget([v for v in self.builder.environment if v not in but and values[v].stage != "backward"])
 
-    def _backward(self, block: Block) -> None:
-        for edge in block.backward:
+    def _backward(self, edges: Iterable[Edge], block: int) -> None:
+        for edge in edges:
             if all(value in self.builder.environment for value in edge.gives) and edge.gives:
                 continue
-            self.ensure(edge.needs, block.index)
-            self.builder.emit(edge, block.index)
+            self.ensure(edge.needs, block)
+            self.builder.emit(edge, block)
 
     def spine(self, segment: Segment) -> None:
         """The input cotangents of a moonwalk segment, from last block to first."""

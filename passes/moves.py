@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from .blocks import Block
 from .certificates import INVERTED, TRUSTED, Certificate, Noise
 from .costs import Cost, segment_cost, signature, with_passing
 from .emit import Segment
@@ -128,12 +129,18 @@ class MoveMaker:
         random = drawn(self.analysis, block)
         for position, kept in enumerate(self._keep_sets(index)):
             for anchored in (False, True):
-                values = kept | frozenset(block.live_in if anchored else ()) | random
+                values = self._with_borders(kept | frozenset(block.live_in if anchored else ()) | random, block)
                 segment = Segment(index, index, "keep", values)
                 cost = self._cost(("keep", position, anchored), segment)
                 if cost is not None and (not anchored or cost.covers_in):
                     moves.append(Move(segment, cost))
         return moves
+
+    def _with_borders(self, kept: frozenset[int], block: Block) -> frozenset[int]:
+        """Of a storage that is kept anyway, every value at the borders: an inverted neighbour needs them all."""
+        charges = self.analysis.charges
+        storages = {charges[value][0] for value in kept}
+        return kept | {value for value in (*block.live_in, *block.live_out) if charges[value][0] in storages}
 
     def _keep_sets(self, index: int) -> list[frozenset[int]]:
         kind = self.keys[index]
@@ -217,7 +224,7 @@ class MoveMaker:
 
     def _inverts_for_nothing(self, index: int) -> bool:
         inversion = self.facts.inversion(index)
-        return not inversion.missing and not inversion.residuals
+        return not inversion.missing and inversion.sides.issuperset(inversion.residuals)
 
     def _certificate(self, strategy: str, index: int) -> Certificate:
         return self.certificates.get((strategy, index), TRUSTED)

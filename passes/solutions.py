@@ -8,33 +8,74 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from .analysis import Analysis
-from .blocks import Block
+from .blocks import Block, demanded
 from .graph import Edge, Graph, Operation
-from .inverse import WAITING_BYTES_PER_S, Solution, solve
+from .inverse import CUSTOM, WAITING_BYTES_PER_S, Solution, jumps, kinks, solve
 
 SMALL = 16  # a residual that is this many times smaller than what a block has anyway is not worth avoiding
 
 
 @dataclass(frozen=True)
 class Inversion:
-    """How a block's inputs, and all that its backward pass reads, follow from its outputs and the kept `residuals`."""
+    """How a block's inputs, and all that its `backward` edges read, follow from its outputs and the kept `residuals`.
+
+    Of these, the `sides` say where noise must not decide anew (see `block_sides`).
+    """
 
     solution: Solution
     residuals: tuple[int, ...]
     missing: tuple[int, ...]
+    sides: frozenset[int]
+    backward: tuple[Edge, ...]
 
 
 def block_inversion(analysis: Analysis, block: Block) -> Inversion:
     """Solve a block backward; where its outputs alone do not say enough, with small values of it kept beside them."""
-    edges = (*analysis.recover(block), *analysis.inverse[block.index])
-    known = {*block.live_out, *analysis.graph.static, *residue(analysis, block)}
-    wanted = (*block.live_in, *block.demanded)
-    found = solve(edges, known, wanted)
-    if not found.missing:
-        return Inversion(found, (), ())
-    reading = [_reading(analysis.graph, value) for value in sorted(_small_values(analysis, block) - known)]
-    found, used = _leanest(edges, reading, known, wanted)
-    return Inversion(found, tuple(sorted(used)), found.missing)
+    sides, decode, backward = block_sides(analysis, block)
+    edges = (*analysis.recover(block), *analysis.inverse[block.index], *decode)
+    known = {*block.live_out, *analysis.graph.static, *residue(analysis, block), *sides}
+    wanted = (*block.live_in, *demanded(analysis.graph, backward))
+    found, used = solve(edges, known, wanted), tuple[int, ...]()
+    if found.missing:
+        reading = [_reading(analysis.graph, value) for value in sorted(_small_values(analysis, block) - known)]
+        found, used = _leanest(edges, reading, known, wanted)
+    if found.missing:
+        return Inversion(found, (), found.missing, frozenset(), backward)
+    read = {value for edge in found.program(wanted) for value in edge.needs} | {*wanted}
+    sides &= read
+    return Inversion(found, tuple(sorted({*used, *sides})), (), sides, backward)
+
+
+def block_sides(analysis: Analysis, block: Block) -> tuple[frozenset[int], list[Edge], tuple[Edge, ...]]:
+    """What a block keeps when it is inverted, so that noise cannot take the other side of a kink; and the edges that
+    unpack it; and the block's backward edges, reading that.
+
+    A part e of the elements is nearer to a kink than a noise of e, and each of them that changes sides is wrong by all
+    of its cotangent: a gradient would be wrong by the root of e.
+    """
+    graph = analysis.graph
+    packs = {pack.decode.gives[0]: pack for pack in analysis.signs[block.index]}
+    readers = {(e.label, e.gives): e for e in analysis.shortcuts[block.index] if not packs.keys().isdisjoint(e.needs)}
+    sides, decode, backward = set[int](), dict[int, Edge](), list[Edge]()
+    for edge in (*block.forward, *block.late):
+        noisy = not edge.random and any(v not in graph.static and not _is_discrete(graph, v) for v in edge.needs)
+        sides |= {v for v in edge.gives if noisy and jumps(edge.label, graph.values[v].dtype)}
+    sides |= {v for v in (*block.live_in, *block.demanded) if _is_discrete(graph, v)}
+    for edge in block.backward:
+        twin = readers.get((f"{edge.label} from bits", edge.gives))
+        if twin is not None:
+            unpacked = {need: packs[need] for need in twin.needs if need in packs}
+            sides |= {pack.kept for pack in unpacked.values()}
+            decode |= {need: pack.decode for need, pack in unpacked.items()}
+        else:
+            read = {v for v in edge.needs if graph.values[v].stage != "backward"} - graph.static
+            sides |= set() if edge.label in CUSTOM else read & kinks(edge)
+        backward.append(twin or edge)
+    return frozenset(sides - drawn(analysis, block)), list(decode.values()), tuple(backward)
+
+
+def _is_discrete(graph: Graph, value: int) -> bool:
+    return value not in graph.static and jumps("", graph.values[value].dtype)
 
 
 def _small_values(analysis: Analysis, block: Block) -> set[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .edges import CUSTOM, RULES, WAITING_BYTES_PER_S, inverse_edges, make_call
-from .residuals import packing_of_reader, packing_of_value
+from .residuals import jumps, kinks, packing_of_reader, packing_of_value
 from .rule import Call, Packing, Recipe, Region, Rule
 from .solve import Solution, solve
 
@@ -18,6 +18,8 @@ __all__ = [
     "Rule",
     "Solution",
     "inverse_edges",
+    "jumps",
+    "kinks",
     "make_call",
     "packing_of_reader",
     "packing_of_value",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..graph import Ref, refs_in
+from ..graph import Edge, Ref, refs_in
 from .rule import Call, Packing
 
 # -- results -------------------------------------------------------------------------------------------------------
@@ -71,6 +71,15 @@ def packing_of_value(call: Call, position: int = 0) -> Packing | None:
     return function(call, output) if function is not None and wanted == place else None
 
 
+# Results that jump where an argument moves a little; so do those that are no floating-point numbers.
+_JUMPING = {"sgn", "sign", "round", "floor", "ceil", "trunc", "frac", "fmod", "remainder", "heaviside"}
+
+
+def jumps(label: str, dtype: str) -> bool:
+    """Whether the result of an operation tells one side of a threshold from the other: a mask, an index, a sign."""
+    return not dtype.startswith(("float", "bfloat", "complex")) or label in _JUMPING
+
+
 # -- readers -------------------------------------------------------------------------------------------------------
 
 
@@ -111,3 +120,26 @@ def packing_of_reader(call: Call, position: int) -> Packing | None:
         return None
     high, low = reader.inside(constants), reader.outside(constants)
     return Packing(high, low, False, f"side of {call.name} {constants}", reader.between(constants))
+
+
+# Other operations whose result jumps where an argument crosses a threshold: which argument.
+_KINKS = {
+    "_prelu_kernel_backward": 1,
+    "elu_backward": 5,
+    "hardshrink_backward": 1,
+    "hardswish_backward": 1,
+    "rrelu_with_noise_backward": 1,
+    "softshrink_backward": 1,
+}
+
+
+def kinks(edge: Edge) -> Set[int]:
+    """The values at which the results of an edge may jump; of unknown operations, at every one."""
+    if "::" in edge.label:
+        return set() if edge.label.startswith(("prims::", "moonwalk_compile::")) else {*edge.needs}
+    argument = _KINKS.get(edge.label)
+    if argument is None:
+        return set()
+    arguments = edge.operations[0].args
+    smooth = edge.label == "elu_backward" and arguments[1] * arguments[3] == 1
+    return set() if smooth else {edge.needs[ref.slot] for ref in refs_in(arguments[argument])}
