@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,11 +79,26 @@ def memcnn_revnet(sizes: PeerSizes, plain: bool) -> nn.Module:
     return nn.Sequential(*(block() for _ in range(sizes.blocks)))
 
 
+class Alternating(nn.Module):
+    """What revlib's `ReversibleSequential` computes. Its own modules save the generator's state, which ends a graph."""
+
+    def __init__(self, branches: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=1)
+        for branch in self.branches:
+            a, b = b, a + branch(b)
+        return torch.cat([a, b], dim=1)
+
+
 def revlib_revnet(sizes: PeerSizes, plain: bool) -> nn.Module:
     revlib: Any = importlib.import_module("revlib")
-    mode = revlib.MemoryModes.no_savings if plain else revlib.MemoryModes.autograd_function
-    half = sizes.channels // 2
-    return revlib.ReversibleSequential(*(_branch(half) for _ in range(2 * sizes.blocks)), memory_mode=mode)
+    branches = [_branch(sizes.channels // 2) for _ in range(2 * sizes.blocks)]
+    if plain:
+        return Alternating(branches)
+    return revlib.ReversibleSequential(*branches, memory_mode=revlib.MemoryModes.autograd_function)
 
 
 def momentum_net(sizes: PeerSizes, plain: bool) -> nn.Module:

@@ -17,23 +17,25 @@ def make_norm(name: str, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if name == "batch" else nn.GroupNorm(min(4, channels), channels)
 
 
-def residual_function(channels: int, norm: str) -> nn.Module:
-    """Norm, ReLU, convolution, twice."""
-    layers = [
-        layer
-        for _ in range(2)
-        for layer in (make_norm(norm, channels), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1, bias=False))
-    ]
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
+
+
+def residual_function(channels: int, norm: str, activation: str = "relu") -> nn.Module:
+    """Norm, activation, convolution, twice."""
+    layers: list[nn.Module] = []
+    for _ in range(2):
+        convolution = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        layers += [make_norm(norm, channels), ACTIVATIONS[activation](), convolution]
     return nn.Sequential(*layers)
 
 
 class RevBlock(nn.Module):
     """y1 = x1 + F(x2); y2 = x2 + G(y1)."""
 
-    def __init__(self, channels: int, norm: str) -> None:
+    def __init__(self, channels: int, norm: str, activation: str) -> None:
         super().__init__()
-        self.f = residual_function(channels // 2, norm)
-        self.g = residual_function(channels // 2, norm)
+        self.f = residual_function(channels // 2, norm, activation)
+        self.g = residual_function(channels // 2, norm, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = x.chunk(2, dim=1)
@@ -43,11 +45,19 @@ class RevBlock(nn.Module):
 
 
 def build(
-    *, blocks: int = 6, stages: int = 2, channels: int = 16, size: int = 32, batch: int = 32, norm: str = "batch"
+    *,
+    blocks: int = 6,
+    stages: int = 2,
+    channels: int = 16,
+    size: int = 32,
+    batch: int = 32,
+    norm: str = "batch",
+    activation: str = "relu",
 ) -> tuple[nn.Module, tuple[Tensor]]:
     """`stages` x `blocks` reversible blocks and a classifier; an input of shape [batch, channels, size, size].
 
-    `norm` is "batch" or "group". `size` must be a multiple of 2 ** (stages - 1), `channels` an even number.
+    `norm` is "batch" or "group", `activation` "relu" or "gelu". `size` must be a multiple of 2 ** (stages - 1),
+    `channels` an even number.
     """
     layers: list[nn.Module] = []
     width = channels
@@ -55,7 +65,7 @@ def build(
         if stage:
             layers.append(nn.PixelUnshuffle(2))
             width *= 4
-        layers += [RevBlock(width, norm) for _ in range(blocks)]
+        layers += [RevBlock(width, norm, activation) for _ in range(blocks)]
     classifier = [nn.Flatten(), nn.Linear(channels * size * size, CLASSES)]
     return nn.Sequential(*layers, *classifier), (torch.randn(batch, channels, size, size),)
 

@@ -123,7 +123,8 @@ def _cleaned(path: str) -> list[str]:
 
 def _reason(planner: Planner, choice: Choice) -> str:
     if choice.strategy == "invert":
-        return "inputs are solved from outputs"
+        sides = any(planner.facts.inversion(index).sides for index in range(choice.first, choice.last + 1))
+        return f"inputs are solved from outputs{'; sides of kinks kept' if sides else ''}"
     if choice.strategy == "moonwalk":
         return "cotangents are solved in forward order"
     obstacle = _obstacle(planner, choice.first)

@@ -240,8 +240,9 @@ class MoveMaker:
             if single is None or noise.grown(certificate).error > self.tolerance:
                 break
             noise = noise.grown(certificate)
-            inner = kept - frozenset(self.analysis.blocks[first + 1].live_in) if whole else kept
-            kept = inner | single[0].kept
+            if whole is not None and strategy == "moonwalk":  # a walk keeps the border in front of it alone
+                kept -= frozenset(self.analysis.blocks[first + 1].live_in)
+            kept |= single[0].kept
             whole = single[1] if whole is None else _joined(strategy, single[1], whole)
             moves.append(Move(Segment(first, last, strategy, kept), whole, noise.error))
         return moves

@@ -26,7 +26,7 @@ class Permuted(nn.Module):
         super().__init__()
         self.register_buffer("permutation", torch.randperm(features))
         half = features // 2
-        self.net = nn.Sequential(nn.Linear(half, 8 * features), nn.ReLU(), nn.Linear(8 * features, half))
+        self.net = nn.Sequential(nn.Linear(half, 8 * features), nn.GELU(), nn.Linear(8 * features, half))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a, b = x[:, self.permutation].chunk(2, 1)
