@@ -138,7 +138,7 @@ def measure(name: str, lowering: str, scale: str, repeats: int) -> Figure:
         *(name, lowering, plain.peak(), peak, plan.peak_bytes if plan else None),
         ours_time=timings["ours"].ratio_to(timings["plain"]),
         ours_error=gradient_error(own_gradients(ours), reference),
-        plan=describe(plan) if plan else "repeated modules checkpointed",
+        plan=describe(plan) if plan else "trained plain",
         graph_break=broken,
         theirs=their_peak,
         theirs_time=timings["theirs"].ratio_to(timings["plain"]) if theirs else None,

@@ -123,7 +123,7 @@ class BackwardEmitter:
         if segment.inner:
             self._nested(segment)
             return
-        there = set(self.builder.environment)
+        there, routes = set(self.builder.environment), dict(self.routes)
         watched = self._watched(segment, segment.span, 0) if segment.strategy == "invert" else None
         for index in reversed(segment.span):
             block, edges = self.analysis.blocks[index], self.analysis.blocks[index].backward
@@ -137,7 +137,7 @@ class BackwardEmitter:
                 self._compare(segment, watched[1])
             self._backward(edges, index)
         if segment.strategy == "invert":
-            self.sides = frozenset()
+            self.sides, self.routes = frozenset(), routes
             self._forget_forward(there)  # noisy: what the segments before read of them, they have exactly
 
     def _watched(self, segment: Segment, order: Iterable[int], which: int) -> tuple[int, Watch] | None:

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from .blocks import Block
 from .certificates import INVERTED, TRUSTED, Certificate, Noise
-from .costs import Cost, segment_cost, signature, with_passing
+from .costs import Cost, segment_cost, signature, storages, with_passing
 from .emit import Segment
 from .keepsets import keep_sets
 from .nesting import SPLITS, Nesting, Piece, Unit, segments_of
@@ -138,9 +138,8 @@ class MoveMaker:
 
     def _with_borders(self, kept: frozenset[int], block: Block) -> frozenset[int]:
         """Of a storage that is kept anyway, every value at the borders: an inverted neighbour needs them all."""
-        charges = self.analysis.charges
-        storages = {charges[value][0] for value in kept}
-        return kept | {value for value in (*block.live_in, *block.live_out) if charges[value][0] in storages}
+        charges, there = self.analysis.charges, storages(self.analysis, kept)
+        return kept | {value for value in (*block.live_in, *block.live_out) if charges[value][0] in there}
 
     def _keep_sets(self, index: int) -> list[frozenset[int]]:
         kind = self.keys[index]

@@ -242,6 +242,26 @@ def test_an_inversion_keeps_small_values_that_it_needs():
     assert mean in schedule.kept
 
 
+def test_what_a_chain_recovers_is_not_read_in_front_of_it():
+    """Noise around the zeros of a ReLU would turn half of its mask."""
+    hand = Hand()
+    x, w, h = hand.input("x", 64), hand.input("w", 8, "parameter"), hand.input("h", 64, "tangent")
+    a = hand.call("mm", [x, w], 64, expensive=True, sequence=0)
+    y = hand.call("relu", [a], 64, sequence=1)
+    z = hand.call("mm", [y, w], 64, expensive=True, sequence=2)
+    weight = hand.call("mm", [h, y], 8, stage="backward", expensive=True, sequence=2)
+    lower = hand.call("mm", [h, w], 64, stage="backward", expensive=True, sequence=2)
+    masked = hand.call("threshold_backward", [lower, y], 64, stage="backward", sequence=1)
+    gradient = hand.call("mm", [masked, x], 8, stage="backward", expensive=True, sequence=0)
+    inverse = {1: [edge([y], [z, w], [64], "inverse of mm", kind="inverse")]}
+    analysis = analysis_of(hand.graph([z], [weight, gradient]), inverse)
+    first, _ = analysis.blocks
+    assert y in first.live_out and y in first.demanded
+    schedule = emit(Facts(analysis), [Segment(0, 0, "keep", frozenset([a])), Segment(1, 1, "invert", frozenset())])
+    order = labels(schedule.backward)
+    assert order.index("inverse of mm") < order.index("relu") < order.index("threshold_backward")
+
+
 def test_an_inversion_does_not_keep_large_values():
     analysis = normalized(statistic=5)  # more than a sixteenth of 64
     assert block_inversion(analysis, analysis.blocks[1]).missing
