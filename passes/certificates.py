@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from .emit import Segment
@@ -57,3 +57,19 @@ def chain_error(segment: Segment, certificates: Mapping[tuple[str, int], Certifi
             return math.inf
         noise = noise.grown(certificate)
     return noise.error
+
+
+def reach(certificates: Iterable[Certificate], tolerance: float) -> int:
+    """How many blocks, from the front, an inverted chain may have so that no error in it is above the tolerance.
+
+    Followed from the front, a chain is asked how much noise may come in from behind.
+    """
+    count, most = 0, tolerance * (1 - 1e-9)
+    limit = most
+    for block in certificates:
+        if not (math.isfinite(block.local) and math.isfinite(block.growth) and block.local <= limit):
+            break
+        count += 1
+        left = math.sqrt(limit**2 - block.local**2) if math.isfinite(limit) else limit
+        limit = min(most, left / block.growth) if block.growth > 0 else most
+    return count

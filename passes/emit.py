@@ -220,7 +220,13 @@ class ForwardEmitter:
     def __init__(self, analysis: Analysis, kept: Iterable[int]) -> None:
         self.analysis, self.graph = analysis, analysis.graph
         self.builder = Builder(analysis.graph)
-        self.waiting = self._extras(frozenset(kept))
+        self.extras = self._extras(frozenset(kept))
+        inputs = self.graph.static.union(self.graph.primals)
+        self.lacking = [set(edge.needs) - inputs for edge in self.extras]
+        self.waiting: dict[int, list[int]] = {}  # by value: the extras that wait for it
+        for position, lacking in enumerate(self.lacking):
+            for value in lacking:
+                self.waiting.setdefault(value, []).append(position)
 
     def _extras(self, kept: frozenset[int]) -> list[Edge]:
         definition = dict(self.graph.definition)
@@ -239,14 +245,15 @@ class ForwardEmitter:
         return sorted(unique.values(), key=lambda e: (e.kind == "codec", order.get(id(e), 0)))
 
     def run(self, edges: Iterable[Edge], block_of: dict[int, int]) -> None:
-        self._flush(0)
+        self._extra((position for position, lacking in enumerate(self.lacking) if not lacking), 0)
+        self._arrived(list(self.builder.environment), 0)
         for edge in edges:
             if edge.gives and self.graph.static.issuperset(edge.gives):
                 continue  # a view of an input: emitted by its first reader
             block = block_of.get(edge.gives[0], 0) if edge.gives else len(self.analysis.blocks) - 1
             self._read(edge, block)
             self.builder.emit(edge, block)
-            self._flush(block)
+            self._arrived(edge.gives, block)
 
     def _read(self, edge: Edge, block: int) -> None:
         for value in edge.needs:
@@ -263,20 +270,22 @@ class ForwardEmitter:
         self._read(edge, block)
         self.builder.emit(edge, block)
 
-    def _flush(self, block: int) -> None:
-        if not self.waiting:
-            return
-        available = self.builder.environment
-        primals = set(self.graph.primals) | self.graph.static
-        progress = True
-        while progress:
-            progress = False
-            for edge in list(self.waiting):
-                if all(value in available or value in primals for value in edge.needs):
-                    self._read(edge, block)
-                    self.builder.emit(edge, block)
-                    self.waiting.remove(edge)
-                    progress = True
+    def _arrived(self, values: Iterable[int], block: int) -> None:
+        """Emit the extras that waited for these values alone."""
+        ready = []
+        for value in values:
+            for position in self.waiting.pop(value, ()):
+                self.lacking[position].discard(value)
+                if not self.lacking[position]:
+                    ready.append(position)
+        self._extra(sorted(ready), block)
+
+    def _extra(self, positions: Iterable[int], block: int) -> None:
+        for position in positions:
+            edge = self.extras[position]
+            self._read(edge, block)
+            self.builder.emit(edge, block)
+            self._arrived(edge.gives, block)
 
 
 def stored(analysis: Analysis, value: int) -> int:

@@ -16,12 +16,15 @@ FRONT = 256  # states kept per border and kind: beyond this the front is thinned
 
 @dataclass
 class Front:
-    """States at one border: parallel arrays, and for each the state and move it came from."""
+    """States at one border: parallel arrays, and for each the state and move it came from.
+
+    `reach` is the last block that an inverted chain which ends here may be grown to; -1 where none ends here.
+    """
 
     kept: Floats
     seconds: Floats
     covered: Flags
-    anchor: Flags
+    reach: Integers
     parent: Integers
     source: Integers
     move: Integers
@@ -29,7 +32,10 @@ class Front:
 
 @dataclass
 class Table:
-    """Moves into one border as arrays, so that all of them meet all states at once."""
+    """Moves into one border as arrays, so that all of them meet all states at once.
+
+    `reach` is the last block of a chain that begins with an inverted block, and -1 for other moves.
+    """
 
     first: Integers
     own: Floats
@@ -39,7 +45,7 @@ class Table:
     seconds: Floats
     covers_in: Flags
     covers_out: Flags
-    invert: Flags
+    reach: Integers
 
 
 def column(values: Iterable[float]) -> Floats:
@@ -49,13 +55,14 @@ def column(values: Iterable[float]) -> Floats:
 def start() -> Front:
     """The one state before the first block."""
     zero, none = np.zeros(1), np.zeros(1, dtype=np.int64)
-    return Front(zero, zero.copy(), np.zeros(1, dtype=bool), np.zeros(1, dtype=bool), none, none, none)
+    return Front(zero, zero.copy(), np.zeros(1, dtype=bool), none - 1, none, none, none)
 
 
 def extend(fronts: Sequence[Front], table: Table, budget: float, states: int = FRONT) -> Front:
     """All moves of a table against all states at the border where each move begins, in one go.
 
-    At most `states` of each kind remain; with one it is that which keeps least.
+    An inverted block continues the chain in front of it as far as that reaches; what follows a chain in any other way
+    has to cover the border. At most `states` of each kind remain; with one it is that which keeps least.
     """
     counts = np.array([len(front.kept) for front in fronts])
     starts = np.concatenate([[0], np.cumsum(counts)])
@@ -63,27 +70,30 @@ def extend(fronts: Sequence[Front], table: Table, budget: float, states: int = F
     move = np.repeat(np.arange(len(table.first)), repeats)
     state = np.arange(len(move)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
     place = starts[table.first[move]] + state
-    kept, seconds, covered, anchor = (
+    kept, seconds, covered, reach = (
         np.concatenate([getattr(front, name) for front in fronts])[place]
-        for name in ("kept", "seconds", "covered", "anchor")
+        for name in ("kept", "seconds", "covered", "reach")
     )
+    continues = (table.reach[move] >= 0) & (reach >= len(fronts) - 1)
     border = np.where(covered, 0.0, table.border[move])
     before = kept - (table.border[move] - border)
     peak = before + np.maximum(table.forward[move], table.backward[move])
-    fits = np.flatnonzero((peak <= budget) & (~anchor | table.covers_in[move]))
+    fits = np.flatnonzero((peak <= budget) & ((reach < 0) | continues | table.covers_in[move]))
     kept = (kept + table.own[move] + border)[fits]
     seconds = (seconds + table.seconds[move])[fits]
+    reach = np.where(continues, reach, table.reach[move])[fits]
     move, state = move[fits], state[fits]
-    covered, anchor = table.covers_out[move], table.invert[move]
-    chosen = _undominated(kept, seconds, covered, anchor, states)
+    covered = table.covers_out[move]
+    chosen = _undominated(kept, seconds, covered, reach, states)
     move, state = move[chosen], state[chosen]
-    return Front(kept[chosen], seconds[chosen], covered[chosen], anchor[chosen], state, table.first[move], move)
+    return Front(kept[chosen], seconds[chosen], covered[chosen], reach[chosen], state, table.first[move], move)
 
 
-def _undominated(kept: Floats, seconds: Floats, covered: Flags, anchor: Flags, states: int) -> Integers:
-    chosen = []
-    for kind in range(4):
-        rows = np.flatnonzero((covered == bool(kind & 1)) & (anchor == bool(kind & 2)))
+def _undominated(kept: Floats, seconds: Floats, covered: Flags, reach: Integers, states: int) -> Integers:
+    kinds = [(flag, last) for flag in (False, True) for last in np.unique(reach)]
+    most, chosen = max(1, 4 * states // max(4, len(kinds))), []
+    for flag, last in kinds:
+        rows = np.flatnonzero((covered == flag) & (reach == last))
         if not len(rows):
             continue
         rows = rows[np.lexsort((seconds[rows], kept[rows]))]
@@ -91,7 +101,7 @@ def _undominated(kept: Floats, seconds: Floats, covered: Flags, anchor: Flags, s
         better = np.ones(len(rows), dtype=bool)
         better[1:] = seconds[rows][1:] < best[:-1]
         rows = rows[better]
-        if len(rows) > states:
-            rows = rows[np.unique(np.linspace(0, len(rows) - 1, states).astype(np.int64))]
+        if len(rows) > most:
+            rows = rows[np.unique(np.linspace(0, len(rows) - 1, most).astype(np.int64))]
         chosen.append(rows)
     return np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)

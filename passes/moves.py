@@ -6,12 +6,12 @@ Segments of the same shape are emitted and simulated once; long runs of repeatin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .blocks import Block
-from .certificates import INVERTED, TRUSTED, Certificate, Noise
+from .certificates import INVERTED, TRUSTED, Certificate, Noise, reach
 from .costs import Cost, segment_cost, signature, storages, with_passing
 from .emit import Segment
 from .keepsets import keep_sets
@@ -25,7 +25,8 @@ PRICES = (16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.0)
 class Move:
     """One candidate segment with its cost, and the gradient error that its certificates predict.
 
-    The `pieces` of a nested checkpoint become its inner segments when it is chosen (`MoveMaker.segment`).
+    What an inverted chain keeps is put together when it is chosen (`MoveMaker.segment`), and so are the inner segments
+    of a nested checkpoint, from its `pieces`.
     """
 
     segment: Segment
@@ -45,10 +46,15 @@ class MoveMaker:
         self.keep_positions: dict[int, list[tuple[int, ...]]] = {}
         self.exact: dict[int, list[Move]] = {}  # by last block: what no certificate changes
         self.keeps: dict[int, list[Move]] = {}
+        self.singles: dict[tuple[str, int], tuple[Segment, Cost] | None] = {}
+        self.gradients = [self._gradient_bytes(index) for index in range(len(self.analysis.blocks))]
         self.residues = [residue(self.analysis, block) for block in self.analysis.blocks]
         self.signatures = [signature(facts, block) for block in self.analysis.blocks]
         self.keys = number([key for key, _ in self.signatures])
         self.longest = 2 * math.isqrt(len(self.keys)) + 4  # blocks of a checkpoint that is recomputed in one go
+
+    def _gradient_bytes(self, index: int) -> int:
+        return sum(size for _, size in {self.analysis.charges[value] for value in self.facts.gradients(index)})
 
     def missing(self, strategy: str, index: int) -> tuple[int, ...]:
         """The values that keep a block from being inverted."""
@@ -60,15 +66,66 @@ class MoveMaker:
         return self.facts.spine(index).missing or self.facts.sweep(index).missing
 
     def ending_at(self, last: int) -> list[Move]:
-        """Every segment of an allowed strategy whose last block is `last`."""
+        """Every segment of an allowed strategy whose last block is `last`; of inverted chains this one block."""
         if last not in self.exact:
             moves = [*self._keep_moves(last), *self._checkpoint_moves(last), *self._nested_moves(last)]
             self.exact[last] = [move for move in moves if move.segment.strategy in self.strategies]
-        return [*self.exact[last], *self._chain_moves(last)]
+        inverted = [self.inversion(last, last)] if self.reach[last] >= last else []
+        return [*self.exact[last], *inverted, *(self._walks(last) if "moonwalk" in self.strategies else ())]
 
     def segment(self, move: Move) -> Segment:
         """The segment of a chosen move, whole."""
-        return replace(move.segment, inner=segments_of(move.pieces, move.segment.first, self._inner))
+        segment = move.segment
+        if segment.strategy in INVERTED:
+            return self.chain(segment.strategy, segment.first, segment.last)
+        return replace(segment, inner=segments_of(move.pieces, segment.first, self._inner))
+
+    def chain(self, strategy: str, first: int, last: int) -> Segment:
+        """These blocks inverted, or walked, as one segment."""
+        kept: frozenset[int] = frozenset()
+        for index in range(last, first - 1, -1):
+            if strategy == "moonwalk" and index < last:  # a walk keeps the border in front of it alone
+                kept -= frozenset(self.analysis.blocks[index + 1].live_in)
+            kept |= self._invertible(strategy, index)[0].kept
+        return Segment(first, last, strategy, kept)
+
+    def longest_chain(self, strategy: str, last: int) -> Segment | None:
+        """The longest chain that ends at a block."""
+        if strategy == "invert":
+            first = next((index for index in range(last + 1) if self.reach[index] >= last), None)
+        else:
+            first = min((move.segment.first for move in self._walks(last)), default=None)
+        return None if first is None else self.chain(strategy, first, last)
+
+    def inversion(self, first: int, last: int) -> Move:
+        """Inverted blocks joined to one move."""
+        whole, noise, gradients = self._invertible("invert", last)[1], Noise("invert"), 0
+        for index in range(last, first - 1, -1):
+            noise = noise.grown(self._certificate("invert", index))
+            if index < last:
+                gradients += self.gradients[index + 1]
+                whole = _joined_inversions(self._invertible("invert", index)[1], whole, gradients)
+        return Move(Segment(first, last, "invert", frozenset()), whole, noise.error)
+
+    @cached_property
+    def reach(self) -> list[int]:
+        """By block: the last one of the longest chain that is inverted down to it; -1 where it cannot be inverted."""
+        count, ends = len(self.analysis.blocks), list[int]()
+        able = [("invert" in self.strategies and self._single("invert", index) is not None) for index in range(count)]
+        for index in reversed(range(count)):
+            ends.append(ends[-1] if ends and able[index] and able[index + 1] else index + able[index])
+        certificates = [self._certificate("invert", index) for index in range(count)]
+        lengths = (reach(certificates[first:end], self.tolerance) for first, end in enumerate(reversed(ends)))
+        return [first + length - 1 if length else -1 for first, length in enumerate(lengths)]
+
+    def certify(self, certificates: Mapping[tuple[str, int], Certificate]) -> None:
+        self.certificates.update(certificates)
+        self.__dict__.pop("reach", None)
+
+    def forbid_inversion(self) -> None:
+        self.strategies = tuple(name for name in self.strategies if name not in INVERTED)
+        self.singles.clear()
+        self.__dict__.pop("reach", None)
 
     def plain(self, index: int) -> Segment:
         """One block under plain backpropagation: all that its backward pass reads is kept."""
@@ -176,7 +233,7 @@ class MoveMaker:
             forward_s=sum(edge.seconds for edge in block.forward),
             border=sum(size for _, size in {analysis.charges[value] for value in entering}),
             drawn=checkpoint.own if checkpoint else 0,
-            gradients=sum(size for _, size in {analysis.charges[value] for value in self.facts.gradients(index)}),
+            gradients=self.gradients[index],
             keeps=tuple(move.cost for move in self._keep_moves(index)) if "keep" in self.strategies else (),
         )
 
@@ -196,14 +253,18 @@ class MoveMaker:
     def _inner(self, first: int, last: int, keep: int | None) -> Segment:
         return self.checkpoint(first, last) if keep is None else self._keep_moves(first)[keep].segment
 
-    def _chain_moves(self, last: int) -> list[Move]:
-        moves = []
-        for strategy in INVERTED:
-            if strategy in self.strategies:
-                moves += self._chain(strategy, last)
-        return moves
+    def _invertible(self, strategy: str, index: int) -> tuple[Segment, Cost]:
+        single = self._single(strategy, index)
+        assert single is not None, (strategy, index)
+        return single
 
     def _single(self, strategy: str, index: int) -> tuple[Segment, Cost] | None:
+        """One block of an inverted chain, if it can be one."""
+        if (strategy, index) not in self.singles:
+            self.singles[strategy, index] = self._made_single(strategy, index)
+        return self.singles[strategy, index]
+
+    def _made_single(self, strategy: str, index: int) -> tuple[Segment, Cost] | None:
         block = self.analysis.blocks[index]
         kept = self.residues[index]
         if strategy == "invert":
@@ -228,22 +289,18 @@ class MoveMaker:
     def _certificate(self, strategy: str, index: int) -> Certificate:
         return self.certificates.get((strategy, index), TRUSTED)
 
-    def _chain(self, strategy: str, last: int) -> list[Move]:
-        """Segments of `strategy` that end at `last`, grown to the front while the predicted error allows."""
+    def _walks(self, last: int) -> list[Move]:
+        """Moonwalk segments that end at `last`, grown to the front while the predicted error allows."""
         moves: list[Move] = []
         whole: Cost | None = None
-        kept: frozenset[int] = frozenset()
-        noise = Noise(strategy)
+        noise = Noise("moonwalk")
         for first in range(last, -1, -1):
-            single, certificate = self._single(strategy, first), self._certificate(strategy, first)
+            single, certificate = self._single("moonwalk", first), self._certificate("moonwalk", first)
             if single is None or noise.grown(certificate).error > self.tolerance:
                 break
             noise = noise.grown(certificate)
-            if whole is not None and strategy == "moonwalk":  # a walk keeps the border in front of it alone
-                kept -= frozenset(self.analysis.blocks[first + 1].live_in)
-            kept |= single[0].kept
-            whole = single[1] if whole is None else _joined(strategy, single[1], whole)
-            moves.append(Move(Segment(first, last, strategy, kept), whole, noise.error))
+            whole = single[1] if whole is None else _joined_walks(single[1], whole)
+            moves.append(Move(Segment(first, last, "moonwalk", frozenset()), whole, noise.error))
         return moves
 
 
@@ -275,18 +332,22 @@ def _continued(last: Cost, before: Cost) -> Cost:
     )
 
 
-def _joined(strategy: str, front: Cost, back: Cost) -> Cost:
-    """The cost of a chain from that of its first block and that of the rest."""
-    if strategy == "invert":
-        return Cost(
-            own=front.own + front.border_in + back.own + back.border_in,
-            border_in=0,
-            covers_in=False,
-            covers_out=False,
-            forward_peak=max(front.forward_peak, back.forward_peak + front.kept),
-            backward_peak=max(front.backward_peak, back.backward_peak + front.kept),
-            seconds=front.seconds + back.seconds,
-        )
+def _joined_inversions(front: Cost, back: Cost, gradients: int) -> Cost:
+    """The cost of an inverted chain from that of its first block and that of the rest, which leaves `gradients`."""
+    shared = back.border_in if front.covers_out else 0
+    return Cost(
+        own=front.own + back.kept - shared,
+        border_in=front.border_in,
+        covers_in=front.covers_in,
+        covers_out=back.covers_out,
+        forward_peak=max(front.forward_peak, front.kept - shared + back.forward_peak),
+        backward_peak=max(front.backward_peak + gradients, front.kept - shared + back.backward_peak),
+        seconds=front.seconds + back.seconds,
+    )
+
+
+def _joined_walks(front: Cost, back: Cost) -> Cost:
+    """The same of a moonwalk segment, which keeps the border in front of it alone."""
     residuals, fragments = back.own, front.fragments + back.fragments
     working = max(cost.backward_peak - cost.kept - cost.fragments for cost in (front, back))
     return Cost(

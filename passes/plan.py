@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
@@ -30,6 +31,7 @@ CLOSE = 0.002  # part of a budget that is not worth another round
 HARDLY = 0.01  # part of a step's time that a plan of fewer segments may take longer
 REACH = 8  # blocks behind a chain over which it may be grown
 TRIALS = 4  # such plans that are simulated
+SCALES = (1.0, 1.01, 1.02, 1.04, 1.07, 1.12, 1.2, 1.5, 2.0)  # of a modelled peak, until the simulated time is in reach
 
 
 class NoPlan(Exception):
@@ -72,8 +74,9 @@ class Planner:
         self.facts, self.analysis = facts, facts.analysis
         self.measure = measure or measure_schedule
         self.maker = MoveMaker(facts, strategies, tolerance)
-        self.maker.certificates.update(certificates or {})
-        self.later_gradients = self._later_gradients()
+        self.maker.certify(certificates or {})
+        own = self.maker.gradients
+        self.later_gradients = [sum(own) - done for done in accumulate(own)]  # by block: those of all behind it
         self.recomputed: dict[object, list[str]] = {}  # by shape of a segment
         self.base = sum(size for _, size in {self.analysis.charges[v] for v in self.analysis.held})
 
@@ -91,11 +94,11 @@ class Planner:
 
     def certify(self, certificates: Mapping[tuple[str, int], Certificate]) -> None:
         """Take measured certificates into account; blocks without one are trusted until they are measured."""
-        self.maker.certificates.update(certificates)
+        self.maker.certify(certificates)
         self._forget_moves()
 
     def forbid_inversion(self) -> None:
-        self.maker.strategies = tuple(name for name in self.strategies if name not in INVERTED)
+        self.maker.forbid_inversion()
         self._forget_moves()
 
     def _forget_moves(self) -> None:
@@ -104,7 +107,7 @@ class Planner:
 
     @cached_property
     def moves(self) -> list[list[Move]]:
-        """Every segment that a plan may be made of, by its last block."""
+        """Every segment that a plan may be made of, by its last block; of inverted chains the single blocks."""
         return [self.maker.ending_at(last) for last in range(len(self.analysis.blocks))]
 
     @cached_property
@@ -122,7 +125,9 @@ class Planner:
             seconds=column(cost.seconds for cost in costs),
             covers_in=np.array([cost.covers_in for cost in costs], dtype=bool),
             covers_out=np.array([cost.covers_out for cost in costs], dtype=bool),
-            invert=np.array([move.segment.strategy == "invert" for move in moves], dtype=bool),
+            reach=np.array(
+                [self.maker.reach[last] if move.segment.strategy == "invert" else -1 for move in moves], dtype=np.int64
+            ),
         )
 
     def uncertified(self, segments: Iterable[Segment]) -> list[Segment]:
@@ -133,13 +138,6 @@ class Planner:
             if segment.strategy in INVERTED
             and any((segment.strategy, index) not in self.certificates for index in segment.span)
         ]
-
-    def _later_gradients(self) -> list[int]:
-        total, later = 0, []
-        for block in reversed(self.analysis.blocks):
-            later.append(total)
-            total += sum(size for _, size in {self.analysis.charges[v] for v in self.facts.gradients(block.index)})
-        return later[::-1]
 
     # -- what a plan is asked about ---------------------------------------------------------------------------------
 
@@ -199,7 +197,7 @@ class Planner:
 
     def _usable(self, final: Front) -> Floats:
         """Seconds of the final states; infinite where an inverted last segment has nothing to start from."""
-        return np.where(final.anchor & ~self._outputs_anchor(), np.inf, final.seconds)
+        return np.where((final.reach >= 0) & (not self._outputs_anchor()), np.inf, final.seconds)
 
     def _outputs_anchor(self) -> bool:
         """An inverted last segment starts from the step's outputs, which the user holds."""
@@ -207,11 +205,16 @@ class Planner:
 
     def _trace(self, fronts: Sequence[Front], state: int) -> list[Move]:
         moves: list[Move] = []
-        border = len(self.tables)
+        border = end = len(self.tables)  # `end` is that of the chain that is being followed
         while border:
             front = fronts[border]
-            moves.append(self.moves[border - 1][int(front.move[state])])
-            border, state = int(front.source[state]), int(front.parent[state])
+            move = self.moves[border - 1][int(front.move[state])]
+            source, parent = int(front.source[state]), int(front.parent[state])
+            chained = move.segment.strategy == "invert"
+            if not (chained and fronts[source].reach[parent] >= border - 1):
+                moves.append(self.maker.inversion(source, end - 1) if chained else move)
+                end = source
+            border, state = source, parent
         return moves[::-1]
 
     def realise(self, moves: Sequence[Move]) -> Planned:
@@ -250,9 +253,8 @@ class Planner:
             if chain.strategy not in INVERTED:
                 continue
             for last in range(chain.last, min(chain.last + REACH, len(self.moves))):
-                grown = [m.segment for m in self.moves[last] if m.segment.strategy == chain.strategy]
-                core = min(grown, key=lambda segment: segment.first, default=chain)
-                if core.first <= chain.first:
+                core = self.maker.longest_chain(chain.strategy, last)
+                if core is not None and core.first <= chain.first:
                     front, back = self._outside(segments, core)
                     yield (*front, core, *back)
                     if back:
@@ -302,31 +304,39 @@ class Planner:
 
     def smallest(self) -> Planned:
         """The plan of the smallest simulated peak that the family reaches."""
-        low, high = float(self.base + self.later_gradients[0] + 1), self.plain.peak * 2.0
-        while high > 1.004 * low:  # in ratios: small budgets leave few states, and are quick to ask for
-            middle = math.sqrt(low * high)
-            low, high = (low, middle) if self.reachable(middle) else (middle, high)
-        found = [self.realise(moves) for scale in (1.0, 1.01, 1.03, 1.06) if (moves := self.fastest(high * scale))]
+        target = self._lowest(self.reachable)
+        found = [self.realise(moves) for scale in (1.0, 1.01, 1.03, 1.06) if (moves := self.fastest(target * scale))]
         if not found:
             raise NoPlan(", ".join(self.strategies))
         return min(found, key=lambda planned: planned.peak)
 
     def slowed(self, limit: float) -> Planned:
         """The smallest peak whose predicted step time is at most `limit` seconds."""
-        plain = self.plain
-        smallest = self.smallest()
+        smallest, best = self.smallest(), self.plain
         if smallest.seconds <= limit:
             return smallest
-        low, high, best = float(smallest.peak), float(plain.peak), plain
-        for _ in range(10):
-            middle = math.sqrt(low * high)
-            planned = self.within(middle, rounds=3)
-            if planned is not None and planned.seconds <= limit:
-                high = min(middle, planned.peak)
-                best = min(best, planned, key=lambda p: p.peak)
-            else:
-                low = middle
+        target = self._lowest(lambda budget: self._seconds(budget) <= limit)
+        for scale in SCALES:
+            moves = self.fastest(target * scale)
+            planned = best if moves is None else self.realise(moves)
+            if planned.seconds <= limit and planned.peak < best.peak:
+                best = planned
+            elif best is not self.plain:
+                break
         return best
+
+    def _seconds(self, budget: float) -> float:
+        """The modelled time of a step of the fastest plan; infinite where there is none."""
+        usable = self._usable(self._fronts(budget)[-1])
+        return self.plain.seconds + float(min(usable, default=math.inf))
+
+    def _lowest(self, enough: Callable[[float], bool]) -> float:
+        """The lowest modelled peak that is enough."""
+        low, high = float(self.base + self.later_gradients[0] + 1), self.plain.peak * 2.0
+        while high > 1.004 * low:  # in ratios: small budgets leave few states, and are quick to ask for
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if enough(middle) else (middle, high)
+        return high
 
 
 def measure_schedule(facts: Facts, segments: tuple[Segment, ...], schedule: Schedule, error: float = 0.0) -> Planned:

@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from moonwalk_compile.passes.certificates import Certificate, chain_error
+from moonwalk_compile.passes.certificates import Certificate, chain_error, reach
 from moonwalk_compile.passes.certify import TIES, State, _Link, measure_chain
 from moonwalk_compile.passes.emit import Segment
 
@@ -133,6 +135,20 @@ def test_errors_that_do_not_grow_add_up_as_independent_ones(strategy: str) -> No
 def test_noise_that_dies_out_is_remembered_at_its_worst(strategy: str) -> None:
     pairs = [(1e-6, 0.0), (1e-5, 0.0)] if strategy == "invert" else [(1e-5, 0.0), (1e-6, 0.0)]
     assert error(strategy, *pairs) >= 1e-5
+
+
+noises = st.tuples(st.floats(0, 2e-5), st.floats(0, 3)).map(lambda pair: Certificate(*pair))
+
+
+@given(st.lists(noises, min_size=1, max_size=6))
+def test_a_chain_reaches_as_far_as_its_error_allows(certificates: list[Certificate]) -> None:
+    pairs = [(block.local, block.growth) for block in certificates]
+    allowed = [
+        length for length in range(len(pairs) + 1) if not length or error("invert", *pairs[:length]) <= 1.2345e-5
+    ]
+    assert reach(certificates, 1.2345e-5) == max(allowed)
+    assert allowed == list(range(max(allowed) + 1))
+    assert reach(certificates, math.inf) == len(pairs)
 
 
 @pytest.mark.parametrize("strategy", ["invert", "moonwalk"])

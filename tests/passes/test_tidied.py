@@ -27,8 +27,8 @@ def planner(fresh_compiler: None) -> Planner:
 def ragged(planner: Planner) -> Planned:
     """A chain that stops before the end, with a checkpoint for each block behind it."""
     blocks = len(planner.analysis.blocks)
-    chains = [move.segment for move in planner.moves[blocks - 3] if move.segment.strategy == "invert"]
-    chain = min(chains, key=lambda segment: segment.first)
+    chain = planner.maker.longest_chain("invert", blocks - 3)
+    assert chain is not None
     front = [planner.maker.checkpoint(0, chain.first - 1)]
     return planner.arranged([*front, chain, *(planner.maker.checkpoint(i, i) for i in (blocks - 2, blocks - 1))])
 
