@@ -25,6 +25,7 @@ from moonwalk_compile.step import training_step
 
 PLAIN = "plain"
 OURS = "moonwalk_compile"
+WITHIN = "moonwalk_compile, at that peak"
 MOONWALK_ONLY = {"strategies": ("moonwalk", "checkpoint"), "max_slowdown": 2.0}
 INVERT_ONLY = {"strategies": ("invert", "checkpoint", "keep"), "max_slowdown": 2.0}
 
@@ -102,25 +103,29 @@ def measure(
 def depth_case(
     case: str, settings: Any, *, build: Callable[..., Any], loss: Callable[..., Tensor], options: dict[str, Any]
 ) -> Result:
-    """How deep a network trains under the peak that plain backpropagation needs for 16 layers."""
+    """How deep a network trains under the peak that plain backpropagation needs for 16 layers.
+
+    At its smallest peak, and last as fast as that peak allows.
+    """
     shallow, deep = (16, 320) if settings.full else (4, 16)
     result = Result()
     base, inputs = build(shallow, settings.full)
     rival = Variant(base, loss, inputs)
     plain = measure(case, PLAIN, shallow, rival)
     result.points.append(plain)
-    for depth in (shallow, 4 * shallow, deep):
+    for depth, budget in ((shallow, None), (4 * shallow, None), (deep, None), (deep, plain.peak)):
         base, inputs = build(depth, settings.full)
-        model = moonwalk_compile(copy.deepcopy(base), lowering=settings.lowering, **options)
+        model = moonwalk_compile(copy.deepcopy(base), lowering=settings.lowering, budget=budget, **options)
         ours = Variant(model, loss, inputs)
-        result.points.append(measure(case, OURS, depth, ours, base))
-    last = result.points[-1]
+        result.points.append(measure(case, OURS if budget is None else WITHIN, depth, ours, base))
+    smallest, last = result.points[-2:]
     timings = time_interleaved({PLAIN: rival.step, OURS: ours.step}, repeats=settings.repeats)
     per_layer = timings[OURS].ratio_to(timings[PLAIN]) * plain.depth / last.depth
-    found = f"{last.depth} layers in {last.peak / 2**20:.1f} of {plain.peak / 2**20:.1f} MiB"
-    result.judge(f"{deep} layers under plain's peak of {shallow}", found, last.peak <= plain.peak)
+    found = f"{deep} layers in {smallest.peak / 2**20:.1f} and {last.peak / 2**20:.1f} of {plain.peak / 2**20:.1f} MiB"
+    result.judge(f"{deep} layers under plain's peak of {shallow}", found, max(smallest.peak, last.peak) <= plain.peak)
     result.judge("time per layer <= 1.5 x plain's", f"{per_layer:.2f}", per_layer <= 1.5)
-    result.judge("gradient error <= 1e-4", f"{last.error:.1e}", last.error <= 1e-4)
+    error = max(smallest.error, last.error)
+    result.judge("gradient error <= 1e-4", f"{error:.1e}", error <= 1e-4)
     return result
 
 

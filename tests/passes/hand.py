@@ -54,14 +54,17 @@ class Hand:
         return index
 
     def graph(self, outputs: Iterable[int], gradients: Iterable[int], mutated: Iterable[int] = ()) -> Graph:
+        """`gradients` are those of the first inputs; the others have none."""
         inputs = [value for value in self.values if value.role != "computed"]
+        primals = [value.index for value in inputs if value.role != "tangent"]
+        wanted = [Ref(value) for value in gradients]
         return Graph(
             tuple(self.values),
             tuple(self.edges),
-            tuple(value.index for value in inputs if value.role != "tangent"),
+            tuple(primals),
             tuple(value.index for value in inputs if value.role == "tangent"),
             tuple(Ref(value) for value in outputs),
-            tuple(Ref(value) for value in gradients),
+            (*wanted, *[None] * (len(primals) - len(wanted))),
             frozenset(mutated),
         )
 

@@ -222,3 +222,20 @@ def test_what_waits_for_the_end_does_not_hide_the_cuts():
     borders = {value for block in blocks for value in (*block.live_in, *block.live_out)}
     assert borders.isdisjoint(statistics)
     assert borders >= set(outputs)
+
+
+def test_a_constant_does_not_pull_the_backward_pass_of_what_is_before_it_into_its_block():
+    """What nothing is differentiated through carries the sequence of the operation before it, in another block."""
+    hand = Hand()
+    x, w = hand.input("x", 4), hand.input("w", 1, "parameter")
+    tangent = hand.input("h", 4, "tangent")
+    first = hand.call("mm", [x, w], 4, expensive=True, sequence=0)
+    scaled = hand.call("mul", [first, w], 4, sequence=1)
+    constant = hand.call("prod", [hand.call("tensor", [], 2, sequence=1)], 1, sequence=1)
+    second = hand.call("mm", [scaled, w, constant], 4, expensive=True, sequence=2)
+    g2 = hand.call("mm", [tangent, w], 4, stage="backward", expensive=True, sequence=2)
+    g1 = hand.call("mul", [g2, first], 4, stage="backward", sequence=1)
+    g0 = hand.call("mm", [g1, w], 4, stage="backward", expensive=True, sequence=0)
+    blocks = find_blocks(hand.graph([second], [g0, g1]))
+    assert forward_labels(blocks) == [["mm", "mul"], ["prod", "mm"]]
+    assert [[edge.gives[0] for edge in block.backward] for block in blocks] == [[g1, g0], [g2]]
