@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moonwalk_compile.measure import compare_steps, measure_step, time_interleaved
+from moonwalk_compile.peers import in_one_graph
 
 Loss = Callable[..., Tensor]
 Inputs = Sequence[Tensor]
@@ -101,9 +102,9 @@ def plain_variants(base: nn.Module, loss: Loss, inputs: Inputs, lowering: str) -
     """What we are compared with: in the same lowering first, then without any compiler in the eager lowering."""
     compiled = copy.deepcopy(base)
     if lowering == "inductor":
-        compiled.compile()
+        in_one_graph(compiled)
         return {"torch.compile": Variant(compiled, loss, inputs)}
-    compiled.compile(backend="aot_eager")
+    in_one_graph(compiled, "aot_eager")
     return {
         "aot_eager": Variant(compiled, loss, inputs),
         "eager": Variant(copy.deepcopy(base), loss, inputs),

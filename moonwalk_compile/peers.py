@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +17,7 @@ from .passes._torch_compat import (
     dynamo_aot_autograd,
     functorch_config,
     min_cut_rematerialization_partition,
+    wrap_inline,
 )
 from .passes.lower import boxed_eager
 
@@ -67,12 +69,20 @@ def torch_budget(part: float) -> Iterator[None]:
 def compiled(model: nn.Module, lowering: str, partition: Partition = default_partition) -> nn.Module:
     """Compiled in place. In the eager lowering it gets what ours gets: arguments are freed after their last use."""
     if lowering == "inductor":
-        model.compile(dynamic=False)
-        return model
+        return in_one_graph(model)
     backend = dynamo_aot_autograd(
         fw_compiler=_boxed, bw_compiler=_boxed, inference_compiler=_boxed, partition_fn=partition
     )
-    model.compile(backend=backend, dynamic=False)
+    return in_one_graph(model, backend)
+
+
+def in_one_graph(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> nn.Module:
+    """What `torch.compile(model)` captures, in place.
+
+    `model.compile()` would skip the forward of torch's own containers and compile what they contain one by one.
+    """
+    call = torch.compile(wrap_inline(model._call_impl), backend=backend, dynamic=False)
+    model._compiled_call_impl = call  # type: ignore[assignment]
     return model
 
 
