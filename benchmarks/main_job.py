@@ -62,7 +62,8 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the main job.")
-    parser.add_argument("--case", action="append", metavar="NAME", help=f"of {', '.join(CASES)}; * and ? match any")
+    names = ", ".join(CASES).replace("%", "%%")
+    parser.add_argument("--case", action="append", metavar="NAME", help=f"of {names}; * and ? match any")
     parser.add_argument("--lowering", default="inductor", choices=["inductor", "eager"])
     parser.add_argument("--scale", default="full", choices=["full", "small"], help="small: a smoke test, hardly judged")
     parser.add_argument("--repeats", type=int, default=7, help="interleaved runs of which the median is taken")

@@ -82,7 +82,7 @@ def in_one_graph(model: nn.Module, backend: str | Callable[..., Any] = "inductor
     `model.compile()` would skip the forward of torch's own containers and compile what they contain one by one.
     """
     call = torch.compile(wrap_inline(model._call_impl), backend=backend, dynamic=False)
-    model._compiled_call_impl = call  # type: ignore[assignment]
+    model._compiled_call_impl = call
     return model
 
 

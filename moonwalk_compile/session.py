@@ -18,14 +18,14 @@ from .meter import StepMeter
 from .options import Options
 from .passes._torch_compat import FakeTensor, PlainAOTInput, disable_current_modes
 from .passes.analysis import Analysis, analyse
-from .passes.capture import read_joint
+from .passes.capture import Capture, read_joint
 from .passes.certificates import INVERTED, Certificate, chain_error
 from .passes.certify import Certifier
 from .passes.cost import Device
 from .passes.drift import Drift
 from .passes.emit import Segment
-from .passes.graph import Graph, Role
-from .passes.inverse.constants import Constants, is_candidate
+from .passes.graph import Role
+from .passes.inverse.constants import Constants, computed, is_candidate
 from .passes.lower import Boxed, Half, Lowerer, as_boxed
 from .passes.plan import NoPlan, Planned, Planner
 from .passes.rewrite import to_halves
@@ -98,7 +98,7 @@ class Session:
         self.positions = {capture.graph.primals[primal]: flat for primal, flat in places.items()}
         options = self.options
         self.analysis = analyse(
-            *(capture, self.device, self._read_constants(capture.graph)),
+            *(capture, self.device, self._read_constants(capture)),
             invertible="invert" in options.strategies,
             fixed_sizes=options.lowering == "inductor",
         )
@@ -139,21 +139,21 @@ class Session:
         assert self.analysis is not None
         return to_halves(self.analysis, planned.schedule, joint)
 
-    def _read_constants(self, graph: Graph) -> Constants:
-        """What inverse rules may know of the values of buffers."""
-        inputs = self.example_inputs or ()
+    def _read_constants(self, capture: Capture) -> Constants:
+        """What inverse rules may know of values: those of buffers, and those that are the same at every step."""
+        inputs, graph = self.example_inputs or (), capture.graph
         owned = {
             v: inputs[flat] for v, flat in self.positions.items() if graph.values[v].role in ("parameter", "buffer")
         }
         found = {value: tensor for value, tensor in owned.items() if is_candidate(tensor)}
         with disable_current_modes(), torch.no_grad():
-            self.constants = Constants.of(found) if is_real(inputs) else Constants()
+            self.constants = Constants.of({**(found if is_real(inputs) else {}), **computed(capture)})
         return self.constants
 
     @property
     def trusted(self) -> list[int]:
         """The positions among the graph's inputs of the buffers that inverse rules rest on."""
-        return [self.positions[value] for value in sorted(self.constants.trusted)]
+        return [self.positions[value] for value in sorted(self.constants.trusted & self.positions.keys())]
 
     def _at_hand(self) -> bool:
         return not self.device.datasheet or torch.cuda.is_available()

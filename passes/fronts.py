@@ -64,17 +64,20 @@ def extend(fronts: Sequence[Front], table: Table, budget: float, states: int = F
     An inverted block continues the chain in front of it as far as that reaches; what follows a chain in any other way
     has to cover the border. At most `states` of each kind remain; with one it is that which keeps least.
     """
-    counts = np.array([len(front.kept) for front in fronts])
+    last = len(fronts) - 1
+    earliest = int(table.first.min(initial=last))
+    near = fronts[earliest:]
+    counts = np.array([len(front.kept) for front in near])
     starts = np.concatenate([[0], np.cumsum(counts)])
-    repeats = counts[table.first]
+    repeats = counts[table.first - earliest]
     move = np.repeat(np.arange(len(table.first)), repeats)
     state = np.arange(len(move)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-    place = starts[table.first[move]] + state
+    place = starts[table.first[move] - earliest] + state
     kept, seconds, covered, reach = (
-        np.concatenate([getattr(front, name) for front in fronts])[place]
+        np.concatenate([getattr(front, name) for front in near])[place]
         for name in ("kept", "seconds", "covered", "reach")
     )
-    continues = (table.reach[move] >= 0) & (reach >= len(fronts) - 1)
+    continues = (table.reach[move] >= 0) & (reach >= last)
     border = np.where(covered, 0.0, table.border[move])
     before = kept - (table.border[move] - border)
     peak = before + np.maximum(table.forward[move], table.backward[move])

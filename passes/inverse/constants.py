@@ -1,8 +1,8 @@
-"""Rules that rest on the values of buffers: permutations, index sets and masks of zeros and ones.
+"""Rules that rest on values: permutations, index sets and masks of zeros and ones.
 
 `x[:, permutation]` is a bijection only if the indices are distinct, and no shape says so. Buffers hold the same numbers
 at every step, so whoever has them hands them over (`Constants`); the compiled step checks that they are still the same
-and plans again where they are not.
+and plans again where they are not. What the graph computes from nothing (`torch.arange(n)`) is the same anyway.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..capture import Capture
 from ..graph import Edge, Ref
+from ..interpret import run_edge
 from .regions import Reader
 from .rule import Region
 
@@ -27,18 +28,18 @@ PIECES = 4  # index sets that are tried together
 
 @dataclass
 class Constants:
-    """What is known of the values of buffers, by value of the graph; `trusted` collects what a region rests on."""
+    """What is known of values, by value of the graph; `trusted` collects what a region rests on."""
 
-    listed: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # vectors of integers
+    listed: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # integers along one dimension
     masks: frozenset[int] = frozenset()  # tensors of zeros and ones
     trusted: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, tensors: Mapping[int, Tensor]) -> Constants:
         """Of real tensors, outside of any fake mode."""
-        vectors = {value: t for value, t in tensors.items() if t.dtype == torch.int64 and t.dim() == 1}
         masks = (value for value, t in tensors.items() if t.is_floating_point() and set(t.unique().tolist()) == {0, 1})
-        return cls({value: tuple(t.tolist()) for value, t in vectors.items()}, frozenset(masks))
+        listed = (value for value, t in tensors.items() if t.dtype == torch.int64 and t.numel() == max([0, *t.shape]))
+        return cls({value: tuple(tensors[value].flatten().tolist()) for value in listed}, frozenset(masks))
 
     def indices(self, value: int | None, size: int) -> tuple[int, ...] | None:
         """The distinct indices below `size` that `value` lists, or None."""
@@ -57,6 +58,19 @@ def is_candidate(tensor: Any) -> bool:
     return (tensor.dtype == torch.int64 or tensor.is_floating_point()) and 0 < tensor.numel() <= LARGEST
 
 
+@torch.no_grad()
+def computed(capture: Capture) -> dict[int, Tensor]:
+    """The small values that the graph makes from nothing: `torch.arange(n)` and what follows from it."""
+    found: dict[int, Tensor] = {}
+    for edge in capture.graph.stage_edges("forward"):
+        fakes = [capture.fake(value) for value in edge.gives]
+        made = all(isinstance(operation.target, torch._ops.OpOverload) for operation in edge.operations)
+        small = all(fake.device.type == "cpu" and fake.numel() <= LARGEST for fake in fakes)
+        if fakes and made and small and not edge.random and not edge.effect and found.keys() >= {*edge.needs}:
+            found.update(zip(edge.gives, run_edge(edge, [found[value] for value in edge.needs]), strict=True))
+    return found
+
+
 def divides_by_mask(capture: Capture, constants: Constants, edge: Edge) -> bool:
     """Whether an inverse of a product divides by a mask or by its complement: both hold zeros."""
     if edge.label != "inverse of mul" or not constants.masks:
@@ -73,6 +87,7 @@ def constant_regions(capture: Capture, constants: Constants) -> Iterator[Region]
         yield from _gathered(reader, constants)
         yield from _written(reader, constants)
         yield from _mixtures(reader, constants)
+        yield from _repeated(reader, constants)
 
 
 # -- gathers and writes along one dimension ------------------------------------------------------------------------
@@ -101,7 +116,7 @@ def _place(reader: Reader, edge: Edge) -> tuple[int, int] | None:
 
 def _part(reader: Reader, constants: Constants, edge: Edge, value: int | None) -> _Part | None:
     place, whole = _place(reader, edge), reader.value(edge, 0)
-    if place is None or whole is None or value is None or not reader.shape(whole):
+    if place is None or whole is None or value is None or not reader.shape(whole) or len(reader.shape(place[1])) != 1:
         return None
     dim = place[0] % len(reader.shape(whole))
     indices = constants.indices(place[1], reader.shape(whole)[dim])
@@ -182,6 +197,40 @@ def _chain_of_writes(reader: Reader, constants: Constants, last: Edge) -> Iterat
 
 def _pick(dim: int, whole: Tensor, index: Tensor) -> Tensor:
     return torch.ops.aten.index(whole, [None] * dim + [index])
+
+
+# -- every element at least once: upsampling -----------------------------------------------------------------------
+
+
+def _repeated(reader: Reader, constants: Constants) -> Iterator[Region]:
+    """`x[:, :, rows, columns]` in which every row and every column of x stands: read one of each, at even distances."""
+    for edge in reader.edges("index", "_unsafe_index"):
+        source = reader.value(edge, 0)
+        indices = {dim: edge.needs[ref.slot] for dim, ref in enumerate(reader.args(edge)[1]) if isinstance(ref, Ref)}
+        if source is None or not indices or list(indices) != list(range(min(indices), max(indices) + 1)):
+            continue
+        steps, shape = [], [*reader.shape(source)]
+        for place, (dim, index) in enumerate(indices.items()):
+            step = _even_step(constants.listed.get(index, ()), shape[dim])
+            if step is None or reader.shape(index)[1:] != (1,) * (len(indices) - 1 - place):
+                break
+            steps.append((dim, step))
+            shape[dim] = len(constants.listed[index])
+        if len(steps) == len(indices) and reader.shape(edge.gives[0]) == tuple(shape):
+            constants.trusted.update(indices.values())
+            yield Region((source,), (edge.gives[0],), partial(_every, tuple(steps)), "inverse of repeated elements")
+
+
+def _even_step(listed: Sequence[int], size: int) -> int | None:
+    """The distance at which `listed` holds 0, 1, ... up to `size`, if it does."""
+    step = len(listed) // size if size else 0
+    return step if step and list(listed[: step * size : step]) == list(range(size)) else None
+
+
+def _every(steps: Sequence[tuple[int, int]], y: Tensor) -> Tensor:
+    for dim, step in steps:
+        y = torch.ops.aten.slice(y, dim, 0, y.shape[dim] // step * step, step)
+    return y
 
 
 # -- masks ---------------------------------------------------------------------------------------------------------

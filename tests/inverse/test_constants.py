@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moonwalk_compile.passes.cost import DEVICES
 from moonwalk_compile.passes.graph import Edge
 from moonwalk_compile.passes.inverse import inverse_edges
-from moonwalk_compile.passes.inverse.constants import Constants, is_candidate
+from moonwalk_compile.passes.inverse.constants import Constants, computed, is_candidate
 from moonwalk_compile.testing import capture_joint, check_reached, true_values
 
 PERMUTATION = torch.tensor([2, 0, 3, 1])
@@ -53,7 +54,7 @@ def ask(function: Callable[..., Tensor], constants: tuple[Tensor, ...], expected
     capture = capture_joint(function, [x, *constants])
     graph = capture.graph
     assert all(is_candidate(tensor) for tensor in constants)
-    known = Constants.of(dict(zip(graph.primals[1:], constants, strict=True)))
+    known = Constants.of({**dict(zip(graph.primals[1:], constants, strict=True)), **computed(capture)})
     forward = [edge for edge in graph.edges if not edge.effect and not edge.random]
     edges: list[Edge] = [*forward, *inverse_edges(capture, DEVICES["cpu"], constants=known)]
     truth = true_values(capture, [x, *constants])
@@ -73,6 +74,24 @@ def ask(function: Callable[..., Tensor], constants: tuple[Tensor, ...], expected
 )
 def test_permutations_and_index_sets_are_undone(function: Callable[..., Tensor], constants: tuple[Tensor, ...]) -> None:
     assert "inverse of gathers" in ask(function, constants, True)
+
+
+def test_what_is_computed_from_nothing_is_known() -> None:
+    assert "inverse of gathers" in ask(lambda x: x[:, torch.arange(3, -1, -1)].exp(), (), True)
+    ask(lambda x: x[:, torch.arange(4) // 2].exp(), (), False)
+
+
+@pytest.mark.parametrize("scale", [2, 3, (1, 4)])
+def test_upsampling_to_the_nearest_is_undone(scale: int | tuple[int, int]) -> None:
+    def upsampled(x: Tensor) -> Tensor:
+        return F.interpolate(x[None, None], scale_factor=scale, mode="nearest").exp()
+
+    assert "inverse of repeated elements" in ask(upsampled, (), True)
+
+
+@pytest.mark.parametrize("size", [(7, 6), (5, 3), (10, 2)])
+def test_uneven_upsampling_and_downsampling_are_refused(size: tuple[int, int]) -> None:
+    ask(lambda x: F.interpolate(x[None, None], size=size, mode="nearest").exp(), (), False)
 
 
 @pytest.mark.parametrize("function", [masked_forward, masked_inverse])
