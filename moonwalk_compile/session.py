@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,6 +37,7 @@ from .passes.workspace import Workspaces
 from .passes.wrapper_memory import Workspace, no_workspace
 from .report import Plan
 
+LOST = 10  # times the tolerance: an error of a chain that is said at once
 TRIAL = 2**30  # bytes of the operands of one operation that may be tried while planning on fake tensors
 
 Certificates = dict[tuple[str, int], Certificate]
@@ -200,9 +202,21 @@ class Session:
         def run(arguments: list[Any]) -> Sequence[Any]:
             results = call(arguments)
             self.drifted = tuple(results[-count:])
+            if self.device.name == "cpu":  # elsewhere, asking would wait for the device
+                self._warn_of_drift()
             return results[:-count]
 
         return as_boxed(run)
+
+    def _warn_of_drift(self) -> None:
+        """Weights or inputs may change at once by so much that this very step is lost, before the next is planned."""
+        worst = max((float(size) for size in self.drifted), key=lambda size: math.inf if math.isnan(size) else size)
+        if not worst <= LOST * self.options.tolerance:
+            warnings.warn(
+                f"moonwalk: the gradients of this step may be wrong: inverted values are off by {worst:.1e}, after a "
+                "sudden change of weights or inputs; skip its update. The next step is planned anew",
+                stacklevel=2,
+            )
 
     def drifts(self) -> dict[Drift, float]:
         """How far the values of each chain came back from the true ones in the last step, asked once."""
