@@ -239,7 +239,12 @@ class Planner:
         code of its own to compile and a row to read, for a fraction of a percent of time.
         """
         seconds = min(seconds, planned.seconds * (1 + HARDLY))
-        fewer = [c for c in self._widened(planned.segments) if len(c) < len(planned.segments)]
+        allowed = {segment.strategy for segment in planned.segments}.union(self.strategies)
+        fewer = [
+            segments
+            for segments in self._widened(planned.segments)
+            if len(segments) < len(planned.segments) and allowed.issuperset(s.strategy for s in segments)
+        ]
         for segments in sorted(fewer, key=len)[:TRIALS]:
             with contextlib.suppress(Unreachable):
                 found = self.arranged(segments)
