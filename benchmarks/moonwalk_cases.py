@@ -255,9 +255,7 @@ def drift_case(case: str, settings: Any) -> Result:
         nn.init.orthogonal_(linear.weight)
         layers += [linear, Arsinh()]
     plain = nn.Sequential(*layers)
-    model = moonwalk_compile(
-        copy.deepcopy(plain), strategies=("invert", "keep"), lowering="eager", max_slowdown=3
-    )
+    model = moonwalk_compile(copy.deepcopy(plain), strategies=("invert", "keep"), lowering="eager", max_slowdown=3)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     x, y = torch.randn(256, 32), torch.randn(256, 32)
     result, errors, demoted = Result(), [], 0

@@ -132,9 +132,7 @@ def test_a_step_that_a_sudden_change_has_spoilt_is_named_at_once() -> None:
     for layer in plain:
         if isinstance(layer, nn.Linear):
             nn.init.orthogonal_(layer.weight)
-    model = moonwalk_compile(
-        copy.deepcopy(plain), strategies=("invert", "keep"), lowering="eager", max_slowdown=10
-    )
+    model = moonwalk_compile(copy.deepcopy(plain), strategies=("invert", "keep"), lowering="eager", max_slowdown=10)
     x = torch.randn(64, 16)
     model(x).sum().backward()
     assert "invert" in {segment.strategy for segment in model.plan.segments}
