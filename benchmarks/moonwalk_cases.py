@@ -250,7 +250,7 @@ def drift_case(case: str, settings: Any) -> Result:
     """Adam at a rate that ruins the weights' conditioning: the largest gradient error of any step."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
-    for _ in range(10):
+    for _ in range(20):
         linear = nn.Linear(32, 32)
         nn.init.orthogonal_(linear.weight)
         layers += [linear, Arsinh()]
@@ -269,7 +269,7 @@ def drift_case(case: str, settings: Any) -> Result:
         demoted += len(caught)
         errors.append(gradient_error(gradients(model), gradients(plain)))
         optimizer.step()
-    result.points.append(Point(case, OURS, 10, error=max(errors), note=f"planned again {demoted} times"))
+    result.points.append(Point(case, OURS, 20, error=max(errors), note=f"planned again {demoted} times"))
     result.judge("demoted before the error passes 1e-3", f"{max(errors):.1e}", max(errors) <= 1e-3)
     return result
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
-from moonwalk_cases import PLAIN, Point, Result
+from moonwalk_cases import OURS, PLAIN, Point, Result
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -24,7 +24,7 @@ def plot_results(results: Mapping[str, Result], folder: Path) -> None:
 def plot_depths(name: str, result: Result, path: Path) -> None:
     figure, (peaks, errors) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     plain = [point for point in result.points if point.variant == PLAIN]
-    ours = [point for point in result.points if point.variant != PLAIN]
+    ours = [point for point in result.points if point.variant == OURS]
     depths = [point.depth for point in ours]
     peaks.plot(depths, [_mib(point) for point in ours], "o-", label="moonwalk_compile")
     peaks.plot(depths, [(point.gradients or 0) / 2**20 for point in ours], ":", label="of it gradients, at least")

@@ -19,10 +19,10 @@ from .passes._torch_compat import (
     BackendCompilerFailed,
     FakeTensorMode,
     TorchDynamoException,
+    compiled_call,
     dynamo_config,
     dynamo_counters,
     tree_flatten,
-    wrap_inline,
 )
 from .passes.cost import find_device
 from .report import Plan
@@ -65,9 +65,7 @@ def moonwalk_compile(
     options = Options(budget, max_slowdown, tuple(strategies), tolerance, lowering, profile)  # type: ignore[arg-type]
     driver = _Driver(model, options, fullgraph)
     model.plan = None  # type: ignore[assignment]
-    # As `model.compile` does, but through a frame of ours: Dynamo skips a forward that belongs to torch.nn itself.
-    call = wrap_inline(model._call_impl)
-    driver.compiled = torch.compile(call, backend=driver.backend, fullgraph=fullgraph, dynamic=False)
+    driver.compiled = compiled_call(model, driver.backend, fullgraph)
     model._compiled_call_impl = driver
     if example_inputs is not None:
         driver.set_plan(plan_only(model, tuple(example_inputs), options))
@@ -203,7 +201,7 @@ def planned_session(model: nn.Module, inputs: tuple[Any, ...], options: Options,
         raise _Planned
 
     try:
-        torch.compile(wrap_inline(model._call_impl), backend=backend, fullgraph=True, dynamic=False)(*inputs)
+        compiled_call(model, backend, fullgraph=True)(*inputs)
     except TorchDynamoException as error:
         ours = unwrap(error)
         if isinstance(ours, MoonwalkError):

@@ -7,17 +7,16 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .front import repeated_module
 from .passes._torch_compat import (
+    compiled_call,
     default_partition,
     dynamo_aot_autograd,
     functorch_config,
     min_cut_rematerialization_partition,
-    wrap_inline,
 )
 from .passes.lower import boxed_eager
 
@@ -77,12 +76,8 @@ def compiled(model: nn.Module, lowering: str, partition: Partition = default_par
 
 
 def in_one_graph(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> nn.Module:
-    """What `torch.compile(model)` captures, in place.
-
-    `model.compile()` would skip the forward of torch's own containers and compile what they contain one by one.
-    """
-    call = torch.compile(wrap_inline(model._call_impl), backend=backend, dynamic=False)
-    model._compiled_call_impl = call
+    """As `torch.compile(model)` does, but in place."""
+    model._compiled_call_impl = compiled_call(model, backend)
     return model
 
 

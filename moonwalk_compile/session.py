@@ -210,11 +210,11 @@ class Session:
 
     def _warn_of_drift(self) -> None:
         """Weights or inputs may change at once by so much that this very step is lost, before the next is planned."""
-        worst = max((float(size) for size in self.drifted), key=lambda size: math.inf if math.isnan(size) else size)
-        if not worst <= LOST * self.options.tolerance:
+        lost = [size for size in map(float, self.drifted) if not size <= LOST * self.options.tolerance]
+        if lost:
             warnings.warn(
-                f"moonwalk: the gradients of this step may be wrong: inverted values are off by {worst:.1e}, after a "
-                "sudden change of weights or inputs; skip its update. The next step is planned anew",
+                f"moonwalk: the gradients of this step may be wrong: inverted values are off by {max(lost):.1e}, "
+                "after a sudden change of weights or inputs; skip its update. The next step is planned anew",
                 stacklevel=2,
             )
 

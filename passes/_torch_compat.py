@@ -1,5 +1,9 @@
 """The only importer of torch's private modules; everything here exists from torch 2.11 on."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch._C import _dispatch_has_kernel_for_dispatch_key
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import lookup_backend
@@ -16,9 +20,18 @@ from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import Module
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
+
+
+def compiled_call(model: Module, backend: str | Callable[..., Any], fullgraph: bool = False) -> Callable[..., Any]:
+    """What `torch.compile(model)` calls: through a frame that is not torch.nn's own, whose forward Dynamo skips.
+
+    (`model.compile()` takes a Sequential apart for that reason, and compiles what it contains one by one.)
+    """
+    return torch.compile(wrap_inline(model._call_impl), backend=backend, fullgraph=fullgraph, dynamic=False)
 
 
 def is_composite(operator: OpOverload) -> bool:
@@ -40,6 +53,7 @@ __all__ = [
     "default_partition",
     "aot_function",
     "detect_fake_mode",
+    "compiled_call",
     "disable_current_modes",
     "PlainAOTInput",
     "dynamo_aot_autograd",
@@ -55,5 +69,4 @@ __all__ = [
     "tree_flatten",
     "tree_map",
     "unset_fake_temporarily",
-    "wrap_inline",
 ]

@@ -221,8 +221,7 @@ class ForwardEmitter:
         self.analysis, self.graph = analysis, analysis.graph
         self.builder = Builder(analysis.graph)
         self.extras = self._extras(frozenset(kept))
-        inputs = self.graph.static.union(self.graph.primals)
-        self.lacking = [set(edge.needs) - inputs for edge in self.extras]
+        self.lacking = [set(edge.needs) - self.graph.static - self.graph.mutated for edge in self.extras]
         self.waiting: dict[int, list[int]] = {}  # by value: the extras that wait for it
         for position, lacking in enumerate(self.lacking):
             for value in lacking:

@@ -124,7 +124,6 @@ class MoveMaker:
 
     def forbid_inversion(self) -> None:
         self.strategies = tuple(name for name in self.strategies if name not in INVERTED)
-        self.singles.clear()
         self.__dict__.pop("reach", None)
 
     def plain(self, index: int) -> Segment:

@@ -75,8 +75,8 @@ class Planner:
         self.measure = measure or measure_schedule
         self.maker = MoveMaker(facts, strategies, tolerance)
         self.maker.certify(certificates or {})
-        own = self.maker.gradients
-        self.later_gradients = [sum(own) - done for done in accumulate(own)]  # by block: those of all behind it
+        done = list(accumulate(self.maker.gradients))
+        self.later_gradients = [done[-1] - gradients for gradients in done]  # by block: those of all behind it
         self.recomputed: dict[object, list[str]] = {}  # by shape of a segment
         self.base = sum(size for _, size in {self.analysis.charges[v] for v in self.analysis.held})
 
@@ -239,11 +239,10 @@ class Planner:
         code of its own to compile and a row to read, for a fraction of a percent of time.
         """
         seconds = min(seconds, planned.seconds * (1 + HARDLY))
-        allowed = {segment.strategy for segment in planned.segments}.union(self.strategies)
         fewer = [
             segments
             for segments in self._widened(planned.segments)
-            if len(segments) < len(planned.segments) and allowed.issuperset(s.strategy for s in segments)
+            if len(segments) < len(planned.segments) and {s.strategy for s in segments} <= {*self.strategies}
         ]
         for segments in sorted(fewer, key=len)[:TRIALS]:
             with contextlib.suppress(Unreachable):

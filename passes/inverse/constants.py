@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch_compat import OpOverload
 from ..capture import Capture
 from ..graph import Edge, Ref
 from ..interpret import run_edge
@@ -64,7 +65,7 @@ def computed(capture: Capture) -> dict[int, Tensor]:
     found: dict[int, Tensor] = {}
     for edge in capture.graph.stage_edges("forward"):
         fakes = [capture.fake(value) for value in edge.gives]
-        made = all(isinstance(operation.target, torch._ops.OpOverload) for operation in edge.operations)
+        made = all(isinstance(operation.target, OpOverload) for operation in edge.operations)
         small = all(fake.device.type == "cpu" and fake.numel() <= LARGEST for fake in fakes)
         if fakes and made and small and not edge.random and not edge.effect and found.keys() >= {*edge.needs}:
             found.update(zip(edge.gives, run_edge(edge, [found[value] for value in edge.needs]), strict=True))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -140,6 +140,7 @@ def test_noise_that_dies_out_is_remembered_at_its_worst(strategy: str) -> None:
 noises = st.tuples(st.floats(0, 2e-5), st.floats(0, 3)).map(lambda pair: Certificate(*pair))
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(noises, min_size=1, max_size=6))
 def test_a_chain_reaches_as_far_as_its_error_allows(certificates: list[Certificate]) -> None:
     pairs = [(block.local, block.growth) for block in certificates]

@@ -51,3 +51,9 @@ def test_no_bound_is_broken_for_it(planner: Planner, bound: str) -> None:
 
 def test_a_plan_without_chains_stays(planner: Planner) -> None:
     assert planner.tidied(planner.plain, math.inf, math.inf) is planner.plain
+
+
+def test_no_strategy_is_used_that_is_not_allowed(planner: Planner) -> None:
+    planned = ragged(planner)
+    planner.maker.strategies = ("invert", "keep")  # all that could be grown here has a checkpoint beside the chain
+    assert planner.tidied(planned, math.inf, math.inf) is planned
