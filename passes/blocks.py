@@ -121,15 +121,14 @@ def assign_backward(graph: Graph, forward_block: dict[int, int], count: int) -> 
 
     An edge belongs to the block of its forward operation (tied by `sequence`), but never to a later block than its
     cotangents. The sum that accumulates a fan-out carries a sequence of its own: it goes where its last summand is.
-    What nothing is differentiated through carries the sequence of the operation before it, and says nothing.
+    A constant, made from no input, carries the sequence of the operation before it: that says nothing.
     """
     by_sequence: dict[int, int] = {}
-    active = {primal for primal, gradient in zip(graph.primals, graph.gradients, strict=True) if gradient is not None}
+    constants: set[int] = set()
     for edge in graph.stage_edges("forward"):
-        if active.isdisjoint(edge.needs):
-            continue
-        active.update(edge.gives)
-        if edge.sequence is not None and edge.gives and edge.gives[0] in forward_block:
+        if constants.issuperset(edge.needs):
+            constants.update(edge.gives)
+        elif edge.sequence is not None and edge.gives and edge.gives[0] in forward_block:
             block = forward_block[edge.gives[0]]
             by_sequence[edge.sequence] = max(block, by_sequence.get(edge.sequence, 0))
     block_of: dict[int, int] = dict.fromkeys(graph.tangents, count - 1)

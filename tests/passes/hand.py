@@ -54,17 +54,14 @@ class Hand:
         return index
 
     def graph(self, outputs: Iterable[int], gradients: Iterable[int], mutated: Iterable[int] = ()) -> Graph:
-        """`gradients` are those of the first inputs; the others have none."""
         inputs = [value for value in self.values if value.role != "computed"]
-        primals = [value.index for value in inputs if value.role != "tangent"]
-        wanted = [Ref(value) for value in gradients]
         return Graph(
             tuple(self.values),
             tuple(self.edges),
-            tuple(primals),
+            tuple(value.index for value in inputs if value.role != "tangent"),
             tuple(value.index for value in inputs if value.role == "tangent"),
             tuple(Ref(value) for value in outputs),
-            (*wanted, *[None] * (len(primals) - len(wanted))),
+            tuple(Ref(value) for value in gradients),
             frozenset(mutated),
         )
 

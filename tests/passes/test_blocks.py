@@ -225,7 +225,7 @@ def test_what_waits_for_the_end_does_not_hide_the_cuts():
 
 
 def test_a_constant_does_not_pull_the_backward_pass_of_what_is_before_it_into_its_block():
-    """What nothing is differentiated through carries the sequence of the operation before it, in another block."""
+    """It carries the sequence of the operation before it, in another block."""
     hand = Hand()
     x, w = hand.input("x", 4), hand.input("w", 1, "parameter")
     tangent = hand.input("h", 4, "tangent")
