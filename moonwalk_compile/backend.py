@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from .anchor import Anchor
 from .options import Options
 from .passes._torch_compat import disable_current_modes, dynamo_aot_autograd, functorch_config, lookup_backend
 from .passes.cost import Device, find_device
@@ -128,6 +128,7 @@ class CompiledStep:
         self.overshoot: int | None = None  # bytes by which the first steps exceeded the prediction, and the budget
         self.corrected = False
         self.session: Session
+        self.anchor: Anchor | None = None
         self.current = self._compile(inputs)
 
     def _compile(self, inputs: Sequence[Any], certificates: Any = None, margin: int = 0) -> Callable[..., Any]:
@@ -137,6 +138,9 @@ class CompiledStep:
         compiled = run_autograd(session, self.gm, inputs)
         with disable_current_modes():
             self.trusted = {flat: Trusted.of(inputs[flat]) for flat in session.trusted}
+            self.anchor = None
+            if is_real(inputs) and session.inverts:
+                self.anchor = Anchor(inputs, session.places("parameter"), session.places("input"))
         session.example_inputs = None  # nothing may outlive the step because of us
         self.session = session
         if session.plan is not None:
@@ -155,10 +159,8 @@ class CompiledStep:
                     self.current = self._compile(arguments)  # an index or a mask of the model has changed
             if self.overshoot is not None:
                 self._correct(arguments)
-            elif drifts := self._drifts():
-                self._refresh(arguments, drifts)
-            elif self._due():
-                self._refresh(arguments)
+            elif self.session.inverts:
+                self._check(arguments)
         return self.current(*arguments)
 
     def _measured(self, peak: int) -> None:
@@ -190,10 +192,15 @@ class CompiledStep:
         with disable_current_modes():
             self.current = self._compile(arguments, self.session.certificates, overshoot)
 
-    def _due(self) -> bool:
-        planned = self.session.planned
-        inverted = planned is not None and any(s.strategy in ("invert", "moonwalk") for s in planned.segments)
-        return inverted and (self.steps in REFRESH or self.steps % REFRESH_EVERY == 0)
+    def _check(self, arguments: Sequence[Any]) -> None:
+        """Measure certificates again where the last ones may not hold, and now and then."""
+        with disable_current_modes():
+            far = self.anchor is not None and self.anchor.is_far(arguments)
+        drifts = self._drifts()
+        if far or drifts:
+            self._refresh(arguments, drifts, anew=True)
+        elif self.steps in REFRESH or self.steps % REFRESH_EVERY == 0:
+            self._refresh(arguments, drifts, anew=False)
 
     def _drifts(self) -> dict[Drift, float]:
         """The chains that the last step saw drift. On a GPU, asking waits for it, so that is done now and then."""
@@ -202,17 +209,21 @@ class CompiledStep:
         usual = ALARM * self.options.tolerance
         return {d: size for d, size in self.session.drifts().items() if not size <= self.alarms.get(d, usual)}
 
-    def _refresh(self, arguments: Sequence[Any], drifts: Mapping[Drift, float] = MappingProxyType({})) -> None:
+    def _refresh(self, arguments: Sequence[Any], drifts: Mapping[Drift, float], anew: bool) -> None:
         """Measure the certificates again, with the weights as they are now: training may have spoilt the conditioning.
 
-        A chain that drifts below the tolerance is measured again when it has drifted twice as far.
+        If not `anew`, then only their growth. A chain that drifts below the tolerance is measured again when it has
+        drifted twice as far.
         """
         if not is_real(arguments):
             return
         session, tolerance = self.session, self.options.tolerance
         assert session.planned is not None
-        known = None if drifts else session.certificates
+        known = None if anew else session.certificates
         certificates = session.certify(arguments, session.planned.segments, known)
+        if anew and self.anchor is not None:
+            with disable_current_modes():
+                self.anchor.set(arguments)
         certificates |= session.contradicted([d for d, size in drifts.items() if not size <= tolerance], certificates)
         error = max([session.error_under(certificates), *drifts.values()])
         self.alarms |= {drift: min(tolerance, 2 * size) for drift, size in drifts.items()}

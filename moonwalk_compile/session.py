@@ -157,6 +157,15 @@ class Session:
         """The positions among the graph's inputs of the buffers that inverse rules rest on."""
         return [self.positions[value] for value in sorted(self.constants.trusted & self.positions.keys())]
 
+    def places(self, role: Role) -> list[int]:
+        """The positions among the graph's inputs of those that have this role."""
+        assert self.analysis is not None
+        return [flat for value, flat in self.positions.items() if self.analysis.graph.values[value].role == role]
+
+    @property
+    def inverts(self) -> bool:
+        return self.planned is not None and any(s.strategy in INVERTED for s in self.planned.segments)
+
     def _at_hand(self) -> bool:
         return not self.device.datasheet or torch.cuda.is_available()
 
