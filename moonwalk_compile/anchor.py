@@ -1,4 +1,4 @@
-"""Certificates hold near the weights and inputs for which they were measured: this notices when a step is far from them.
+"""Certificates hold near the weights and inputs for which they were measured: this tells when a step is far from them.
 
 Training moves weights slowly, and what it does to inversion is seen step by step (`passes/drift.py`). A checkpoint that
 is loaded, or weights that are reset, may spoil the very next step; they are seen here, before it runs.
@@ -87,9 +87,9 @@ def spread(tensor: Tensor, most: int) -> Tensor:
     count = min(most, tensor.numel())
     step = tensor.numel() // count
     if not tensor.is_contiguous():
-        return tensor.flatten()[:: step][:count]
+        return tensor.flatten()[::step][:count]
     return tensor.as_strided((count,), (step - 1 + step % 2,))
 
 
-def norms(tensors: list[Tensor]) -> list[float]:
-    return torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).tolist() if tensors else []
+def norms(tensors: Sequence[Tensor]) -> list[float]:
+    return torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors))]).tolist() if tensors else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -16,11 +17,14 @@ from .errors import BudgetError, CaptureError, MoonwalkError
 from .front import CHECKPOINT, Front, points_of, undominated
 from .options import Budget, Options
 from .passes._torch_compat import (
+    NOT_ON_FAKE_TENSORS,
+    SIZES,
     BackendCompilerFailed,
+    FailOnRecompileLimitHit,
     FakeTensorMode,
     TorchDynamoException,
+    capturing,
     compiled_call,
-    dynamo_config,
     dynamo_counters,
     tree_flatten,
 )
@@ -30,7 +34,6 @@ from .session import Session
 from .uncaptured import Flag, decided, flags_of
 
 Model = TypeVar("Model", bound=nn.Module)
-SIZES = 64  # input sizes that get a plan of their own
 
 
 def moonwalk_compile(
@@ -96,8 +99,10 @@ class _Driver:
             return self.model._call_impl(*args, **kwargs)
         graphs, breaks = self.graphs, Counter(dynamo_counters["graph_break"])
         try:
-            with dynamo_config.patch(recompile_limit=SIZES, accumulated_recompile_limit=4 * SIZES), decided(self.flags):
+            with capturing(), decided(self.flags):
                 result = self.compiled(*args, **kwargs)
+        except FailOnRecompileLimitHit as error:
+            return self._too_many_sizes(error, args, kwargs)
         except TorchDynamoException as error:
             if not self.flags and self._has_flags(error):
                 return self(*args, **kwargs)
@@ -105,6 +110,18 @@ class _Driver:
         self.plain = False
         self._warn_of_breaks(self.graphs - graphs, [*(dynamo_counters["graph_break"] - breaks)], result)
         return result
+
+    def _too_many_sizes(self, error: FailOnRecompileLimitHit, args: Any, kwargs: Any) -> Any:
+        """The sizes seen so far keep their plans; this call runs as the model is."""
+        reason = f"there are plans for {SIZES} sizes of its inputs already, and these are others"
+        if self.options.budget is not None:
+            todo = "pad the inputs to fewer different sizes, or leave out the budget to train the others plain"
+            raise CaptureError("The model could not be compiled", reason, todo) from error
+        if not self.warned:
+            self.warned = True
+            name = type(self.model).__name__
+            warnings.warn(f"moonwalk: {name} trains plain on some inputs: {reason}", stacklevel=4)
+        return self.model._call_impl(*args, **kwargs)
 
     def _flag_values(self) -> tuple[Any, ...]:
         return tuple(flag.value for flag in self.flags)
@@ -122,9 +139,9 @@ class _Driver:
             result = self.model._call_impl(*args, **kwargs)
             if self.flag_values != self._flag_values():
                 return result
-            reason = self._reason_to_give_up(error)
+            reason = self._reason_to_give_up(error, args, kwargs)
         else:
-            reason = self._reason_to_give_up(error)
+            reason = self._reason_to_give_up(error, args, kwargs)
             # What this raises is the user's own error, and nobody gives up.
             result = self.model._call_impl(*args, **kwargs)
         self.plain = True
@@ -147,17 +164,19 @@ class _Driver:
         reason = f": {breaks[-1].splitlines()[0]}" if breaks else ""
         warnings.warn(f"moonwalk: {type(self.model).__name__} {outcome}{reason}", stacklevel=4)
 
-    def _reason_to_give_up(self, error: TorchDynamoException) -> str:
+    def _reason_to_give_up(self, error: TorchDynamoException, args: Any, kwargs: Any) -> str:
         """An error of ours is raised as it is; without a budget, a model that cannot be captured trains plain."""
         ours = unwrap(error)
         if isinstance(ours, MoonwalkError):
             raise ours from None
         reason = first_line(ours)
         if self.options.budget is not None:
+            with torch.no_grad():
+                self.model._call_impl(*args, **kwargs)  # what this raises is the user's own error
             raise CaptureError(
                 "The model could not be captured as one graph",
                 reason,
-                "change the line named above, pass fullgraph=False, or leave out the budget to train it plain",
+                "change what is named above, pass fullgraph=False, or leave out the budget to train it plain",
             ) from error
         return reason
 
@@ -170,7 +189,8 @@ def unwrap(error: BaseException) -> BaseException:
 
 def first_line(error: BaseException) -> str:
     """The first line of a message, with the explanation that Dynamo gives in the second one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line.rstrip(".") for line in lines if line and line != "Explanation:"]
     shown = lines[:2] if len(lines) > 1 and lines[1].startswith("Explanation:") else lines[:1]
     return f"{type(error).__name__}: {'. '.join(shown)}"
 
@@ -201,14 +221,17 @@ def planned_session(model: nn.Module, inputs: tuple[Any, ...], options: Options,
         raise _Planned
 
     try:
-        compiled_call(model, backend, fullgraph=True)(*inputs)
+        with capturing():
+            compiled_call(model, backend, fullgraph=True)(*inputs)
     except TorchDynamoException as error:
         ours = unwrap(error)
         if isinstance(ours, MoonwalkError):
             raise ours from None
         if not sessions and not isinstance(ours, _Planned):
+            with torch.no_grad(), contextlib.suppress(*NOT_ON_FAKE_TENSORS):
+                model._call_impl(*inputs)  # what this raises is the user's own error
             raise CaptureError(
-                "The model could not be captured as one graph", first_line(ours), "change the line named above"
+                "The model could not be captured as one graph", first_line(ours), "change what is named above"
             ) from error
     if not sessions:
         raise CaptureError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .passes._torch_compat import is_retained
 from .passes.lower import Boxed, as_boxed
 from .passes.trace import storage_bytes
 from .passes.workspace import ProfilerBusy, watched
@@ -21,6 +22,7 @@ class StepMeter:
     The halves are watched one by one: what the user's loss allocates between them is not counted, as in the plan.
     A CPU's profiler knows nothing of memory from before it was started, and says so on stderr when that is freed. So
     inputs are held until it has stopped, and `tangents` (the last arguments of the backward half) are copied under it.
+    A backward pass after which the graph is retained frees nothing, and is not measured.
     """
 
     def __init__(self, device: torch.device, tangents: int, on_measured: Callable[[int], None]) -> None:
@@ -49,7 +51,7 @@ class StepMeter:
 
     def backward(self, run: Boxed) -> Boxed:
         def call(arguments: list[Any]) -> Sequence[Any]:
-            if self.done or not self.began:
+            if self.done or not self.began or is_retained():
                 return run(arguments)
             inputs = [value for value in arguments if address(value) in self.inputs]
             tangents = arguments[len(arguments) - self.tangents :]

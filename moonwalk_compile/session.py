@@ -36,6 +36,7 @@ from .passes.verify import verify, verify_certified
 from .passes.workspace import Workspaces
 from .passes.wrapper_memory import Workspace, no_workspace
 from .report import Plan
+from .units import format_bytes
 
 LOST = 10  # times the tolerance: an error of a chain that is said at once
 TRIAL = 2**30  # bytes of the operands of one operation that may be tried while planning on fake tensors
@@ -357,4 +358,4 @@ def pinned_tensors(planner: Planner, planned: Planned, most: int = 6) -> tuple[s
     charges = planner.analysis.charges
     roots = {charges[value] for value in alive if charges[value][1]}
     largest = sorted(roots, key=lambda item: -item[1])[:most]
-    return tuple(f"{graph.values[root].name} ({size / 2**20:.1f} MiB)" for root, size in largest)
+    return tuple(f"{graph.values[root].name} ({format_bytes(size)})" for root, size in largest)

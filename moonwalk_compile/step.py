@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from .api import SIZES, first_line, unwrap
+from .api import first_line, unwrap
 from .backend import CompiledStep, specialised
-from .errors import CaptureError, MoonwalkError, UsageError
+from .errors import CaptureError, MoonwalkError, OptionError, UsageError
 from .options import Options
-from .passes._torch_compat import TorchDynamoException, dynamo_config
+from .passes._torch_compat import SIZES, FailOnRecompileLimitHit, TorchDynamoException, capturing, compiled
 from .report import Plan
 from .session import Certificates, Session
 from .step_session import TITLE, PlanOnly, StepSession
@@ -128,26 +128,33 @@ class TrainingStep:
         return self._compiled
 
     def _capture(self, lower: bool) -> Callable[..., Tensor]:
-        model, loss_fn = self.model, self.loss_fn
-
         def loss_of(*inputs: Any) -> Tensor:
-            loss = model(*inputs) if loss_fn is None else loss_fn(model(*inputs[:-1]), inputs[-1])
-            return loss.clone()  # in memory of its own: not a view of a parameter that is updated
+            return self._loss(*inputs).clone()  # in memory of its own: not a view of a parameter that is updated
 
         def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             return _CompiledTraining(gm, [specialised(value) for value in example_inputs], self, lower)
 
-        return torch.compile(loss_of, backend=backend, fullgraph=True, dynamic=False)
+        return compiled(loss_of, backend, fullgraph=True)
+
+    def _loss(self, *inputs: Any) -> Tensor:
+        if self.loss_fn is None:
+            return self.model(*inputs)
+        return self.loss_fn(self.model(*inputs[:-1]), inputs[-1])
 
     def _guarded(self, compiled: Callable[..., Tensor], inputs: Sequence[Any]) -> Tensor:
         try:
-            with dynamo_config.patch(recompile_limit=SIZES, accumulated_recompile_limit=4 * SIZES):
+            with capturing():
                 return compiled(*inputs)
+        except FailOnRecompileLimitHit as error:
+            what = f"there are plans for {SIZES} sizes of its inputs already, and these are others"
+            raise CaptureError("The step could not be compiled", what, "pad the inputs to fewer sizes") from error
         except TorchDynamoException as error:
             ours = unwrap(error)
             if isinstance(ours, (MoonwalkError, PlanOnly)):
                 raise ours from None
-            todo = "change the line named above; a single step needs a model that is one graph"
+            with torch.no_grad():
+                self._loss(*inputs)  # what this raises is the user's own error
+            todo = "change what is named above; a single step needs a model that is one graph"
             raise CaptureError("The step could not be captured as one graph", first_line(ours), todo) from error
 
     def _finish(self) -> None:
@@ -170,6 +177,8 @@ def check_call(model: nn.Module, optimizer: Optimizer | None, clip_norm: float |
         raise UsageError(TITLE, "the model has been compiled already", "pass the model as it was before")
     if any(isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) for module in model.modules()):
         raise UsageError(TITLE, "gradients of a distributed model are exchanged by hooks", "pass the module within it")
+    if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and clip_norm > 0):
+        raise OptionError("Bad option: clip_norm", f"{clip_norm!r} is no norm", "give a number above 0, as in 1.0")
     if clip_norm is not None and optimizer is None:
         raise UsageError(TITLE, "clip_norm without an optimizer", "clip the gradients that the step leaves in .grad")
 

@@ -91,10 +91,10 @@ class StepSession(Session):
         assert self.analysis is not None
         graph = self.analysis.graph
         values = graph.values
-        if len(graph.tangents) != 1 or not isinstance(graph.outputs[-1], Ref):
-            what = "beside the loss, an input that requires a gradient is overwritten"
-            raise UsageError(TITLE, what, "overwrite a detached copy, or use moonwalk_compile")
-        loss = values[graph.outputs[-1].slot]
+        if len(graph.tangents) != 1 or len(graph.differentiated) != 1:
+            what = "beside the loss, an input that requires a gradient is overwritten, or something computed is stored"
+            raise UsageError(TITLE, what, "detach what the model stores, or use moonwalk_compile")
+        loss = values[graph.outputs[graph.differentiated[0]].slot]
         if loss.shape or values[graph.tangents[0]].shape:
             what = f"the loss has the shape {tuple(values[graph.tangents[0]].shape)}"
             raise UsageError(TITLE, what, "return one number, such as loss.mean()")

@@ -1,6 +1,9 @@
 """The only importer of torch's private modules; everything here exists from torch 2.11 on."""
 
+import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -8,8 +11,7 @@ from torch._C import _dispatch_has_kernel_for_dispatch_key
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import lookup_backend
 from torch._dynamo.backends.common import aot_autograd as dynamo_aot_autograd
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
-from torch._dynamo.external_utils import wrap_inline
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters as dynamo_counters
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
@@ -18,12 +20,29 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    unset_fake_temporarily,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import Module
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
+
+SIZES = 64  # input sizes for which one model is compiled
+NOT_ON_FAKE_TENSORS = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+_frames = itertools.count()
 
 
 def compiled_call(model: Module, backend: str | Callable[..., Any], fullgraph: bool = False) -> Callable[..., Any]:
@@ -31,7 +50,35 @@ def compiled_call(model: Module, backend: str | Callable[..., Any], fullgraph: b
 
     (`model.compile()` takes a Sequential apart for that reason, and compiles what it contains one by one.)
     """
-    return torch.compile(wrap_inline(model._call_impl), backend=backend, fullgraph=fullgraph, dynamic=False)
+    return compiled(model._call_impl, backend, fullgraph)
+
+
+def compiled(function: Callable[..., Any], backend: str | Callable[..., Any], fullgraph: bool) -> Callable[..., Any]:
+    """`torch.compile(function)`, one plan for each size, in a frame of its own.
+
+    Dynamo looks compilations up, and counts them, by code object. Where models shared one, each call would walk through
+    the guards of all others, and a process could not compile more than a limited number of models.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    code = call.__code__.replace(co_name=f"moonwalk_{next(_frames)}")
+    frame = FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
+    return torch.compile(frame, backend=backend, fullgraph=fullgraph, dynamic=False)
+
+
+def capturing() -> AbstractContextManager[None]:
+    """Dynamo's limits, raised: each size of the inputs is compiled."""
+    found: AbstractContextManager[None] = dynamo_config.patch(
+        recompile_limit=SIZES, accumulated_recompile_limit=4 * SIZES
+    )
+    return found
+
+
+def is_retained() -> bool:
+    """Whether the backward pass that is running leaves its graph to another one."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def is_composite(operator: OpOverload) -> bool:
@@ -49,10 +96,15 @@ __all__ = [
     "FakeTensorMode",
     "OpOverload",
     "BackendCompilerFailed",
+    "FailOnRecompileLimitHit",
     "TorchDynamoException",
     "default_partition",
     "aot_function",
     "detect_fake_mode",
+    "NOT_ON_FAKE_TENSORS",
+    "SIZES",
+    "capturing",
+    "compiled",
     "compiled_call",
     "disable_current_modes",
     "PlainAOTInput",
@@ -63,6 +115,7 @@ __all__ = [
     "fx_graph_cse",
     "global_optimizer_hooks",
     "is_composite",
+    "is_retained",
     "lookup_backend",
     "make_fx",
     "min_cut_rematerialization_partition",

@@ -59,6 +59,7 @@ class JointReader:
             tuple(self._result(result) for result in results[:forward_outputs]),
             tuple(self._result(result) for result in results[forward_outputs:]),
             self._mutated(),
+            self._differentiated(forward_outputs),
         )
         return Capture(graph, {index: node for node, index in self.index.items()})
 
@@ -128,6 +129,13 @@ class JointReader:
 
     def _result(self, result: Any) -> Any:
         return Ref(self.index[result]) if isinstance(result, fx.Node) else result
+
+    def _differentiated(self, forward_outputs: int) -> tuple[int, ...]:
+        """AOTAutograd describes its outputs, and names the one that each tangent belongs to."""
+        described = list(self.joint.graph.output_node().meta.get("desc") or ())[:forward_outputs]
+        tangents = [node for node in self.joint.graph.find_nodes(op="placeholder") if is_tangent(node)]
+        wanted = [getattr(node.meta.get("desc"), "output", None) for node in tangents]
+        return tuple(described.index(output) for output in wanted if output in described)
 
     def _mutated(self) -> frozenset[int]:
         return frozenset(edge.needs[0] for edge in self.edges if edge.effect and edge.label.endswith("_"))

@@ -134,6 +134,7 @@ class Graph:
     outputs: tuple[Any, ...]  # Ref(value index) or a constant
     gradients: tuple[Any, ...]
     mutated: frozenset[int] = frozenset()  # primals that the forward pass overwrites
+    differentiated: tuple[int, ...] = ()  # the places of the outputs whose gradients the tangents are, where known
 
     @cached_property
     def definition(self) -> dict[int, Edge]:

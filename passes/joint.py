@@ -89,7 +89,7 @@ def join(analysis: Analysis, schedule: Schedule) -> Program:
 def _ones(analysis: Analysis, outputs: Sequence[Any], slot: int) -> Instruction:
     """The gradient that `loss.backward()` starts from."""
     (tangent,) = analysis.graph.tangents
-    loss = outputs[-1]
+    loss = outputs[analysis.graph.differentiated[0]]
     size = analysis.graph.values[tangent].bytes
     operation = Operation(torch.ops.aten.ones_like.default, (Ref(0),), {}, (size,), ((-1, 0),))
     return Instruction(slot, operation, (loss.slot,), tangent, len(analysis.blocks) - 1)

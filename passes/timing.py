@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ._torch_compat_inductor import disable_current_modes, tree_leaves
 from .graph import Call, Operation
-from .workspace import Like, made_up
+from .workspace import Like, made_up, may_be_tried
 
 SPENT_S = 0.05  # on one call, after a first run that does not count
 MOST_RUNS = 7
@@ -115,7 +115,7 @@ def processor() -> str:
 def measured_seconds(call: Call, limit: float = math.inf) -> float | None:
     """The median time of a call on made-up values, or None."""
     likes = [item for item in tree_leaves(call[1:]) if isinstance(item, Like)]
-    if not likes or sum(like.bytes for like in likes) > limit:
+    if not may_be_tried(call[0]) or not likes or sum(like.bytes for like in likes) > limit:
         return None
     with disable_current_modes(), torch.no_grad(), torch.random.fork_rng():
         try:

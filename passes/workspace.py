@@ -29,7 +29,14 @@ from ._torch_compat_inductor import (
 from .graph import Operation
 from .wrapper_memory import ProfileUnknown
 
-COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")  # never tried: other processes would wait
+COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")  # other processes would wait
+PICKY = ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")  # they crash on a buffer that no forward pass has written
+
+
+def may_be_tried(target: Any) -> bool:
+    """Whether an operation can be run on made-up values without harm."""
+    name = getattr(getattr(target, "_schema", None), "name", "").removeprefix("aten::")
+    return getattr(target, "namespace", "") not in COLLECTIVES and not name.startswith(PICKY)
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Workspaces:
         return self.found[key]
 
     def _try(self, target: Any, args: Any, kwargs: Any) -> int:
-        if getattr(target, "namespace", "") in COLLECTIVES:
+        if not may_be_tried(target):
             return 0
         likes = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Like)]
         try:

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moonwalk_compile import BudgetError, CaptureError, OptionError, moonwalk, moonwalk_compile
+from moonwalk_compile.api import plan_only
 from moonwalk_compile.measure import gradient_error, gradients, measure_step
+from moonwalk_compile.options import Options
+from moonwalk_compile.passes import _torch_compat
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -267,12 +270,36 @@ def test_with_a_budget_it_is_an_error():
 
 def test_the_users_own_errors_are_the_users():
     """A wrong shape is reported as what it is, and the model stays compiled."""
-    for options, kind in (({}, RuntimeError), ({"budget": "100%"}, CaptureError)):
+    for options in ({}, {"budget": "100%"}):
         ours = eager(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), **options)
-        with pytest.raises(kind, match=r"shapes cannot be multiplied|same reduction dim"):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             ours(torch.randn(4, 7))
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            plan_only(ours, (torch.randn(4, 7),), Options())
         one_step(ours, torch.randn(4, 8))
         assert ours.plan is not None
+
+
+@pytest.mark.parametrize("budget", [None, "100%"])
+def test_more_input_sizes_than_are_compiled(monkeypatch: pytest.MonkeyPatch, budget: str | None):
+    """Those seen first keep their plans. A hundred other models that were compiled do not count."""
+    monkeypatch.setattr(_torch_compat, "SIZES", 3)
+    base = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    for _ in range(6):
+        one_step(eager(copy.deepcopy(base)), torch.randn(4, 8))
+    ours = eager(copy.deepcopy(base), budget=budget)
+    for rows in (2, 3, 4):
+        one_step(ours, torch.randn(rows, 8))
+    if budget is None:
+        with pytest.warns(UserWarning, match="Sequential trains plain on some inputs"):
+            found = one_step(ours, x := torch.randn(5, 8))
+        assert gradient_error(found, one_step(base, x)) == 0
+    else:
+        with pytest.raises(CaptureError, match="sizes of its inputs"):
+            one_step(ours, torch.randn(5, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert gradient_error(one_step(ours, x := torch.randn(3, 8)), one_step(base, x)) == 0
 
 
 # -- options and torch.compile -----------------------------------------------------------------------------------------

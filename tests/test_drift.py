@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from moonwalk_compile import moonwalk_compile
+from moonwalk_compile.anchor import Anchor
 from moonwalk_compile.measure import gradient_error, gradients
 from moonwalk_compile.passes.drift import SAMPLE, comparer, sampler, steps_of
 from moonwalk_compile.session import Session
@@ -30,7 +33,7 @@ class Absolute(nn.Module):
         return x.abs()
 
 
-def chain(activation: type[nn.Module], depth: int = 10, width: int = 32) -> nn.Sequential:
+def chain(activation: Callable[[], nn.Module], depth: int = 10, width: int = 32) -> nn.Sequential:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for _ in range(depth):
@@ -123,6 +126,68 @@ def test_the_distance_is_relative_and_ties_are_left_out() -> None:
     assert comparer(shape, ties=True)(sample, torn) == 0
     assert comparer(shape, ties=True)(torch.zeros_like(sample), torch.zeros(shape)) == 0
     assert not comparer(shape, ties=False)(sample, true / 0) <= 1
+
+
+@pytest.mark.parametrize(("activation", "factor"), [(Arsinh, 8), (partial(nn.LeakyReLU, 0.5), 0.25)])
+def test_weights_that_are_loaded_in_between(activation: Callable[[], nn.Module], factor: float) -> None:
+    """The very first step with them is right: certificates are measured anew before it runs."""
+    model = chain(activation)
+    plain = copy.deepcopy(model)
+    moonwalk_compile(model, strategies=("invert", "keep"), lowering="eager", max_slowdown=3)
+    batch = torch.randn(256, 32), torch.randn(256, 32)
+    loss_of(model, *batch).backward()
+    loaded = {name: factor * value for name, value in plain.state_dict().items()}
+    for each in (model, plain):
+        each.load_state_dict(loaded)
+        each.zero_grad()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for each in (model, plain):
+            loss_of(each, *batch).backward()
+    assert gradient_error(gradients(model), gradients(plain)) < 1e-4
+    assert not any("may be wrong" in str(warning.message) for warning in caught)
+
+
+def anchor(*inputs: Tensor) -> Anchor:
+    return Anchor(inputs, range(len(inputs) - 1), [len(inputs) - 1])
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (7,), (3, 4, 2), (2048,)])
+def test_far_is_a_good_part_of_a_parameter(shape: tuple[int, ...]) -> None:
+    weight, x = torch.randn(shape), torch.randn(8, 16)
+    near = anchor(weight, x)
+    assert not near.is_far((weight, x)) and not near.is_far((1.3 * weight, x)) and near.is_far((3 * weight, x))
+    assert near.is_far((0.3 * weight, x)) and near.is_far((torch.randn(shape), x))
+    near.set((3 * weight, x))
+    assert not near.is_far((3 * weight, x)) and near.is_far((weight, x))
+
+
+def test_a_bias_may_begin_at_zero() -> None:
+    bias, weight, x = torch.zeros(64), torch.zeros(8, 8), torch.zeros(3)
+    near = anchor(bias, weight, x)
+    assert not near.is_far((bias + 0.03, weight, x)) and near.is_far((bias + 0.2, weight, x))
+    assert near.is_far((bias, weight + 1e-5, x))
+
+
+def test_sizes_of_inputs_that_were_seen_before_are_near() -> None:
+    weight, x = torch.randn(8, 8), torch.randn(50, 8).t()
+    near = anchor(weight, x)
+    assert not near.is_far((weight, 1.8 * x)) and near.is_far((weight, 10 * x))
+    near.set((weight, 10 * x))
+    assert not near.is_far((weight, x)) and not near.is_far((weight, 15 * x)) and near.is_far((weight, 0.1 * x))
+
+
+def test_where_looking_waits_for_the_device_the_writes_are_counted() -> None:
+    weight, x = torch.randn(8, 8), torch.randn(3)
+    near = anchor(weight, x)
+    near.on_cpu = False
+    for _ in range(3):
+        weight.add_(1e-3)
+        assert not near.is_far((weight, x))
+    weight.mul_(5)  # one write, as always
+    assert not near.is_far((weight, x))
+    weight.add_(0).add_(0)
+    assert near.is_far((weight, x))
 
 
 def test_a_step_that_a_sudden_change_has_spoilt_is_named_at_once() -> None:

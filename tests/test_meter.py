@@ -138,6 +138,19 @@ def test_a_broken_budget_is_planned_for_again_once() -> None:
     assert measure_step(lambda: step(model, x)).peak_bytes <= first.budget_bytes
 
 
+def test_a_retained_graph_is_not_held_against_the_budget() -> None:
+    """The user asked for its values to stay; the first steps that free them are measured."""
+    model, x = moonwalk_compile(Net(False), budget="60%", lowering="eager"), torch.randn(256, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            model(x).backward(retain_graph=True)
+        assert model.plan.measured_peak_bytes is None
+        for _ in range(3):
+            step(model, x)
+    assert model.plan.measured_peak_bytes <= model.plan.budget_bytes
+
+
 def test_a_budget_that_turns_out_to_be_out_of_reach() -> None:
     model, x = over_budget(64 * MIB, "60%", 512)
     with pytest.warns(UserWarning, match="planning again"), pytest.raises(BudgetError) as found:

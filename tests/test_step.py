@@ -83,11 +83,32 @@ def mlp(depth: int = 2, width: int = 6) -> nn.Module:
     return nn.Sequential(*(part for _ in range(depth) for part in (nn.Linear(width, width), nn.GELU())))
 
 
+class Reassigned(nn.Module):
+    """A running mean that is made anew in each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        return (y - self.mean).tanh()
+
+
+def spectral() -> nn.Module:
+    norm = nn.utils.parametrizations.spectral_norm
+    return nn.Sequential(norm(nn.Linear(6, 6)), nn.Tanh(), norm(nn.Linear(6, 6)))
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, Tensor]]] = {
     "gpt": (lambda: nn.Sequential(GPTBlock(), GPTBlock()), (floats(2, 5, 8), floats(2, 5, 8))),
     "dropout": (lambda: GPTBlock(dropout=0.3), (floats(2, 5, 8), floats(2, 5, 8))),
     "convolutions": (convolutions, (floats(4, 3, 8, 8), floats(4, 4))),
     "mlp": (mlp, (floats(5, 6), floats(5, 6))),
+    "reassigned": (Reassigned, (floats(5, 6), floats(5, 6))),
+    "spectral": (spectral, (floats(5, 6), floats(5, 6))),
 }
 
 
@@ -131,6 +152,8 @@ EQUAL = [
     *(("mlp", name, "checkpoint") for name in OPTIMIZERS),
     ("convolutions", "momentum", "keep"),
     ("dropout", "SGD", "checkpoint"),
+    ("reassigned", "momentum", "checkpoint"),
+    ("spectral", "Adam", "checkpoint"),
     *(pytest.param("convolutions", name, "checkpoint", marks=SLOW) for name in OPTIMIZERS),
     *(pytest.param("gpt", name, "keep", marks=SLOW) for name in OPTIMIZERS),
 ]
