@@ -18,7 +18,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler that measures pea
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from main_job_runs import Settings
-from moonwalk_cases import CASES, Point, Result
+from moonwalk_cases import CASES, ENVIRONMENT, Point, Result
 from tabulate import tabulate
 from workers import mebibytes, run_worker, select
 
@@ -61,7 +61,7 @@ def run_case(name: str, options: argparse.Namespace) -> Result:
     command = [__file__, "--worker", name]
     for option in ("lowering", "scale", "repeats"):
         command += [f"--{option}", str(getattr(options, option))]
-    found, reason = run_worker(command, options.timeout)
+    found, reason = run_worker(command, options.timeout, ENVIRONMENT.get(name, {}))
     if found is None:
         return Result(verdicts=[(f"{name} runs", reason, False)])
     return Result([Point(**point) for point in found["points"]], [tuple(verdict) for verdict in found["verdicts"]])

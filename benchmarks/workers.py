@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 
@@ -19,11 +21,14 @@ def select(names: Iterable[str], patterns: Sequence[str] | None) -> list[str]:
     return found
 
 
-def run_worker(command: Sequence[str], timeout: float) -> tuple[Any, str]:
+def run_worker(
+    command: Sequence[str], timeout: float, environment: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Any, str]:
     """What the last line that `command` prints says in JSON, and what it printed before; None and the reason where it
-    fails."""
+    fails. The `environment` is added to this process's own."""
+    settings: dict[str, Any] = {"capture_output": True, "text": True, "env": {**os.environ, **environment}}
     try:
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run([sys.executable, *command], timeout=timeout, **settings)
     except subprocess.TimeoutExpired:
         return None, f"took more than {timeout:g} s"
     if done.returncode != 0:

@@ -26,6 +26,7 @@ TIES = 1e-5  # the part of a tensor's elements that may lie exactly on a kink (x
 DROWNED = 1e-2  # relative noise beyond which recovered values say nothing of the true ones
 MOST_GROWTH = 1.2  # of a block of a moonwalk chain
 PROBE = 1e-3  # relative size of the carried perturbation; 1e-2 to 1e-4 give the same growth
+ROUNDING = 1e-7  # relative size of the noise for which it stands
 
 State = dict[int, Tensor]
 
@@ -91,11 +92,31 @@ def _norm(tensors: Iterable[Tensor]) -> float:
     return float(torch.stack([norm.double() for norm in norms]).norm()) if norms else 0.0
 
 
-def _distance(first: State, second: State, among: Iterable[int], ties: float = 0.0) -> float:
-    """Relative distance over the floating-point tensors of `among`, the worst `ties` of their elements left out."""
-    shared = [value for value in among if first[value].is_floating_point()]
-    scale = _norm(first[value] for value in shared)
-    return _norm(_trimmed(first[value] - second[value], ties) for value in shared) / max(scale, 1e-300)
+def _distance(first: State, second: State, among: Iterable[int]) -> float:
+    """The largest relative distance of a sample of a floating-point tensor of `among`."""
+    return _size({value: first[value] - second[value] for value in among if first[value].is_floating_point()}, first)
+
+
+def _size(differences: State, values: State) -> float:
+    """The largest relative size of a difference, over values and samples (the first dimension).
+
+    A gradient may depend on one sample, or on the smallest of several streams, alone: they are not taken together.
+    Samples that are much smaller than most count as a tenth of those.
+    """
+    found = [_worst(_samples(d), _samples(values[value])) for value, d in differences.items() if d.numel()]
+    return max(found, default=0.0, key=lambda size: math.inf if math.isnan(size) else size)
+
+
+def _samples(tensor: Tensor) -> Tensor:
+    """The norm of each sample."""
+    tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.flatten(1).norm(dim=1) if tensor.dim() > 1 else tensor.norm().view(-1)
+
+
+def _worst(differences: Tensor, sizes: Tensor) -> float:
+    usual = sizes.median() if sizes.median() > 0 else sizes.norm() / math.sqrt(len(sizes))
+    floor = usual / 10 if usual > 0 else 1.0
+    return float((differences / sizes.clamp_min(floor)).max())
 
 
 def _trimmed(difference: Tensor, ties: float) -> Tensor:
@@ -104,7 +125,7 @@ def _trimmed(difference: Tensor, ties: float) -> Tensor:
     if not count:
         return difference
     flat = difference.flatten()
-    return flat.index_fill(0, _largest(flat.abs(), min(count, flat.numel() // 4)), 0)
+    return flat.index_fill(0, _largest(flat.abs(), min(count, flat.numel() // 4)), 0).view(difference.shape)
 
 
 def _largest(values: Tensor, count: int, row: int = 1024) -> Tensor:
@@ -119,11 +140,14 @@ def _largest(values: Tensor, count: int, row: int = 1024) -> Tensor:
 
 
 def _perturbed(state: State, generator: torch.Generator) -> State:
+    """Each sample, by the same part of its size."""
+
     def noisy(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
+        if not (tensor.is_floating_point() and tensor.numel()):
             return tensor
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
-        return tensor + noise * (PROBE * tensor.norm() / max(float(noise.norm()), 1e-30))
+        scale = PROBE * _samples(tensor) / _samples(noise).clamp_min(1e-30)
+        return tensor + noise * scale.to(tensor.dtype).view([-1, *[1] * (tensor.dim() - 1)] if tensor.dim() else [])
 
     return {value: noisy(tensor) for value, tensor in state.items()}
 
@@ -133,19 +157,23 @@ def measure_chain(
 ) -> Iterator[tuple[int, Certificate]]:
     """Walk a chain with a probe. `carried` are the values (of `start`) that the probe perturbs.
 
+    The noise that each block adds joins the probe, magnified alike: it is of another kind than what is drawn, and a
+    chain may amplify one much more than the other.
     Ends early where the noise of the chain itself drowns the values that it recovers.
     With `known` certificates only the growth is measured anew; local errors are taken to grow along with it.
     """
     generator = torch.Generator().manual_seed(0)
     state, probe = start, {**start, **_perturbed(carried, generator)}
-    before, noise = _distance(carried, probe, carried), 0.0
+    before, noise, magnified = _distance(carried, probe, carried), 0.0, PROBE / ROUNDING
     for link in links:
         reached, moved = link.recover(state), link.recover(probe)
         after = _distance(reached, moved, link.noisy)
         growth = after / before if before > 0 else 1.0
         earlier = (known or {}).get(link.block)
         if earlier is None:
-            local = _local_error(link, reached, moved, state)
+            added = _added_noise(link, reached, moved, state)
+            local = _size(added, reached)
+            moved = {**moved, **{value: moved[value] + magnified * noise for value, noise in added.items()}}
         else:
             local = earlier.local * max(1.0, growth / max(earlier.growth, 1e-6))
         sound = math.isfinite(local) and math.isfinite(growth) and after > 0  # zero: the signal itself has underflowed
@@ -154,25 +182,19 @@ def measure_chain(
         noise = math.hypot(noise * growth, local)
         if not noise < DROWNED:
             return  # what follows would be measured on noise that looks stable; it stays without a certificate
-        state, probe, before = reached, _rescaled(reached, moved, link.noisy, after), _bounded(after)
+        size = _distance(reached, moved, link.noisy)
+        if not PROBE / 30 < size < PROBE * 30:  # too large, or too small, to be linear
+            moved = {**moved, **_between(reached, moved, link.noisy, PROBE / size)}
+            magnified, size = magnified * PROBE / size, PROBE
+        state, probe, before = reached, moved, size
 
 
-def _local_error(link: _Link, reached: State, moved: State, state: State) -> float:
+def _added_noise(link: _Link, reached: State, moved: State, state: State) -> State:
     """Recover, undo, recover again. What was recovered lies on the coarse grid of the rounding that it went through
     and would come back exactly, so a point between it and the probe is taken."""
     rough = {**reached, **_between(reached, moved, link.noisy, 0.37)}
-    return _distance(rough, link.recover(link.apply(rough, state)), link.noisy, ties=TIES)
-
-
-def _bounded(size: float) -> float:
-    return size if PROBE / 30 < size < PROBE * 30 else PROBE
-
-
-def _rescaled(reached: State, moved: State, noisy: Iterable[int], size: float) -> State:
-    """The same perturbation, brought back to its first size where it has become too large or too small to be linear."""
-    if size == 0 or not math.isfinite(size) or _bounded(size) == size:
-        return moved
-    return {**moved, **_between(reached, moved, noisy, PROBE / size)}
+    again = link.recover(link.apply(rough, state))
+    return {v: _trimmed(again[v] - rough[v], TIES) for v in link.noisy if rough[v].is_floating_point()}
 
 
 def _between(first: State, second: State, among: Iterable[int], part: float) -> State:

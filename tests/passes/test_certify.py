@@ -98,6 +98,46 @@ def test_a_few_ties_are_no_noise_but_many_are():
     assert local(allowed + 1) > 0.01
 
 
+def test_what_one_sample_or_stream_suffers_is_not_averaged():
+    """A gradient may depend on it alone: a small stream beside a large one, one sample of many."""
+    shapes = {0: (100, 64), 1: (100, 64)}
+    start = {value: torch.full(shape, 10.0**-value, dtype=torch.float64) for value, shape in shapes.items()}
+
+    def link(value: int, sample: slice) -> _Link:
+        def apply(state: State, before: State) -> State:
+            hurt = state[value].clone()
+            hurt[sample] *= 1 + 1e-3
+            return {**state, value: hurt}
+
+        return _Link(0, lambda state: dict(state), apply, (0, 1))
+
+    for found in (link(1, slice(None)), link(0, slice(7, 8))):
+        ((_, certificate),) = measure_chain([found], start, start)
+        assert certificate.local == pytest.approx(1e-3, rel=0.1)
+
+
+def test_samples_that_are_nearly_zero_do_not_count_as_much():
+    start = {0: torch.ones(100, 4, dtype=torch.float64)}
+    start[0][7] = 1e-12
+
+    def apply(state: State, before: State) -> State:
+        return {0: state[0] + 1e-6}
+
+    ((_, certificate),) = measure_chain([_Link(0, lambda state: dict(state), apply, (0,))], start, start)
+    assert certificate.local == pytest.approx(1e-5, rel=0.1)
+
+
+def test_noise_that_a_block_adds_is_followed_from_there():
+    """The first block damps what was drawn just where the second one amplifies, and adds noise of its own there."""
+    some = torch.zeros(SIZE, dtype=torch.float64)
+    some[1:21] = 1.0
+    damps, blows = 1 - 0.99 * some, 1 + 99 * some
+    first = _Link(1, lambda s: {0: s[0] * damps}, lambda s, before: {0: (s[0] + 1e-4 * some) / damps}, (0,))
+    second = _Link(0, lambda s: {0: s[0] * blows}, lambda s, before: {0: s[0] / blows}, (0,))
+    _, (_, certificate) = measured([first, second])
+    assert certificate.growth > 50
+
+
 # -- composition -----------------------------------------------------------------------------------------------------
 
 
