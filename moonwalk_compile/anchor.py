@@ -30,7 +30,6 @@ class Anchor:
     def __init__(self, inputs: Sequence[Any], parameters: Sequence[int], others: Sequence[int]) -> None:
         self.parameters = [flat for flat in parameters if inputs[flat].numel()]
         self.others = [flat for flat in others if is_sizeable(inputs[flat])]
-        self.floors = [SMALL if inputs[flat].dim() < 2 else 0.0 for flat in self.parameters]
         self.on_cpu = all(inputs[flat].device.type == "cpu" for flat in (*self.parameters, *self.others))
         self.written = [(inputs[flat].data_ptr(), inputs[flat]._version) for flat in self.parameters]
         self.pace: list[int] = []
@@ -41,7 +40,9 @@ class Anchor:
     def set(self, inputs: Sequence[Any]) -> None:
         """Certificates have been measured on these."""
         self.samples = [sample.clone() for sample in self._samples(inputs)]
-        self.sizes = norms(self.samples)
+        floors = (SMALL if inputs[flat].dim() < 2 else 0.0 for flat in self.parameters)
+        found = zip(norms(self.samples), floors, self.samples, strict=True)
+        self.sizes = [max(size, floor * math.sqrt(len(sample))) for size, floor, sample in found]
         for flat, size in zip(self.others, self._sizes(inputs), strict=True):
             low, high = self.ranges[flat]
             self.ranges[flat] = min(low, size), max(high, size)
@@ -53,10 +54,8 @@ class Anchor:
             return False
         samples = self._samples(inputs)
         moved = norms(torch._foreach_sub(samples, self.samples)) if samples else []
-        for sample, distance, size, now, floor in zip(
-            samples, moved, self.sizes, norms(samples), self.floors, strict=True
-        ):
-            if distance > FAR * max(size, now, floor * math.sqrt(len(sample))):
+        for sample, distance, size in zip(samples, moved, self.sizes, strict=True):
+            if distance > FAR * size and distance > FAR * float(sample.norm()):
                 return True
         ranges = self.ranges.values()
         return any(
@@ -92,4 +91,5 @@ def spread(tensor: Tensor, most: int) -> Tensor:
 
 
 def norms(tensors: Sequence[Tensor]) -> list[float]:
-    return torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors))]).tolist() if tensors else []
+    found = torch._foreach_norm(list(tensors)) if tensors else ()
+    return [float(norm) for norm in found] if len({norm.dtype for norm in found}) != 1 else torch.stack(found).tolist()

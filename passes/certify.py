@@ -92,19 +92,23 @@ def _norm(tensors: Iterable[Tensor]) -> float:
     return float(torch.stack([norm.double() for norm in norms]).norm()) if norms else 0.0
 
 
-def _distance(first: State, second: State, among: Iterable[int]) -> float:
-    """The largest relative distance of a sample of a floating-point tensor of `among`."""
-    return _size({value: first[value] - second[value] for value in among if first[value].is_floating_point()}, first)
+def together(differences: State, values: State) -> float:
+    """The relative size of differences, over all values. It serves cotangents: a gradient is linear in their noise."""
+    return _norm(differences.values()) / max(_norm(values[value] for value in differences), 1e-300)
 
 
-def _size(differences: State, values: State) -> float:
+def worst_sample(differences: State, values: State) -> float:
     """The largest relative size of a difference, over values and samples (the first dimension).
 
-    A gradient may depend on one sample, or on the smallest of several streams, alone: they are not taken together.
-    Samples that are much smaller than most count as a tenth of those.
+    A gradient may depend on the values of one sample, or of the smallest of several streams, alone. Samples that are
+    much smaller than most count as a tenth of those.
     """
     found = [_worst(_samples(d), _samples(values[value])) for value, d in differences.items() if d.numel()]
     return max(found, default=0.0, key=lambda size: math.inf if math.isnan(size) else size)
+
+
+def _differences(first: State, second: State, among: Iterable[int]) -> State:
+    return {value: first[value] - second[value] for value in among if first[value].is_floating_point()}
 
 
 def _samples(tensor: Tensor) -> Tensor:
@@ -153,9 +157,13 @@ def _perturbed(state: State, generator: torch.Generator) -> State:
 
 
 def measure_chain(
-    links: Sequence[_Link], start: State, carried: State, known: Mapping[int, Certificate] | None = None
+    links: Sequence[_Link],
+    start: State,
+    carried: State,
+    known: Mapping[int, Certificate] | None = None,
+    size: Callable[[State, State], float] = worst_sample,
 ) -> Iterator[tuple[int, Certificate]]:
-    """Walk a chain with a probe. `carried` are the values (of `start`) that the probe perturbs.
+    """Walk a chain with a probe. `carried` are the values (of `start`) that the probe perturbs, `size` measures noise.
 
     The noise that each block adds joins the probe, magnified alike: it is of another kind than what is drawn, and a
     chain may amplify one much more than the other.
@@ -164,15 +172,15 @@ def measure_chain(
     """
     generator = torch.Generator().manual_seed(0)
     state, probe = start, {**start, **_perturbed(carried, generator)}
-    before, noise, magnified = _distance(carried, probe, carried), 0.0, PROBE / ROUNDING
+    before, noise, magnified = size(_differences(carried, probe, carried), carried), 0.0, PROBE / ROUNDING
     for link in links:
         reached, moved = link.recover(state), link.recover(probe)
-        after = _distance(reached, moved, link.noisy)
+        after = size(_differences(reached, moved, link.noisy), reached)
         growth = after / before if before > 0 else 1.0
         earlier = (known or {}).get(link.block)
         if earlier is None:
             added = _added_noise(link, reached, moved, state)
-            local = _size(added, reached)
+            local = size(added, reached)
             moved = {**moved, **{value: moved[value] + magnified * noise for value, noise in added.items()}}
         else:
             local = earlier.local * max(1.0, growth / max(earlier.growth, 1e-6))
@@ -182,11 +190,11 @@ def measure_chain(
         noise = math.hypot(noise * growth, local)
         if not noise < DROWNED:
             return  # what follows would be measured on noise that looks stable; it stays without a certificate
-        size = _distance(reached, moved, link.noisy)
-        if not PROBE / 30 < size < PROBE * 30:  # too large, or too small, to be linear
-            moved = {**moved, **_between(reached, moved, link.noisy, PROBE / size)}
-            magnified, size = magnified * PROBE / size, PROBE
-        state, probe, before = reached, moved, size
+        before = size(_differences(reached, moved, link.noisy), reached)
+        if 0 < before < math.inf and not PROBE / 30 < before < PROBE * 30:  # too large, or too small, to be linear
+            moved = {**moved, **_between(reached, moved, link.noisy, PROBE / before)}
+            magnified, before = magnified * PROBE / before, PROBE
+        state, probe = reached, moved
 
 
 def _added_noise(link: _Link, reached: State, moved: State, state: State) -> State:
@@ -306,7 +314,7 @@ class Certifier:
         entry = kept.get(run[0] - 1, {})
         start = {**{value: entry[value] for value in blocks[run[0]].live_in}, **cotangents}
         links = [self._sweep(index, kept[index]) for index in run]
-        for block, found in measure_chain(links, start, cotangents, known):
+        for block, found in measure_chain(links, start, cotangents, known, together):
             # A random cotangent cannot vouch for a chain that amplifies: the real one may be far smaller or larger.
             yield block, found if found.growth <= MOST_GROWTH else Certificate(math.inf, math.inf)
 
