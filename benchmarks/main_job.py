@@ -75,10 +75,13 @@ def parse() -> argparse.Namespace:
 
 
 def run_cases(names: Sequence[str], settings: Settings, timeout: float) -> list[Row]:
+    """All rows; on stderr, those of each case as soon as it is done."""
     rows = []
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        rows += run_case(name, settings, timeout)
+        found = run_case(name, settings, timeout)
+        print(format_rows(found, "plain"), file=sys.stderr, flush=True)
+        rows += found
     return rows
 
 
