@@ -181,7 +181,7 @@ def measure_chain(
         if earlier is None:
             added = _added_noise(link, reached, moved, state)
             local = size(added, reached)
-            moved = {**moved, **{value: moved[value] + magnified * noise for value, noise in added.items()}}
+            moved = {**moved, **{value: moved[value] + magnified * more for value, more in added.items()}}
         else:
             local = earlier.local * max(1.0, growth / max(earlier.growth, 1e-6))
         sound = math.isfinite(local) and math.isfinite(growth) and after > 0  # zero: the signal itself has underflowed
