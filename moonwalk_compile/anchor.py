@@ -31,7 +31,7 @@ class Anchor:
         self.parameters = [flat for flat in parameters if inputs[flat].numel()]
         self.others = [flat for flat in others if is_sizeable(inputs[flat])]
         self.on_cpu = all(inputs[flat].device.type == "cpu" for flat in (*self.parameters, *self.others))
-        self.written = [(inputs[flat].data_ptr(), inputs[flat]._version) for flat in self.parameters]
+        self.written = self._writes(inputs)
         self.pace: list[int] = []
         self.ranges = dict.fromkeys(self.others, (math.inf, 0.0))
         self.set(inputs)
@@ -64,10 +64,14 @@ class Anchor:
         )
 
     def _as_usual(self, inputs: Sequence[Any]) -> bool:
-        before, self.written = self.written, [(inputs[f].data_ptr(), inputs[f]._version) for f in self.parameters]
+        before, self.written = self.written, self._writes(inputs)
         usual, self.pace = self.pace, [now - then for (_, now), (_, then) in zip(self.written, before, strict=True)]
         same_places = all(now == then for (now, _), (then, _) in zip(self.written, before, strict=True))
         return same_places and self.pace == (usual or self.pace)
+
+    def _writes(self, inputs: Sequence[Any]) -> list[tuple[int, int]]:
+        """Where each parameter lies, and how often it was written to."""
+        return [(inputs[flat].data_ptr(), inputs[flat]._version) for flat in self.parameters]
 
     def _samples(self, inputs: Sequence[Any]) -> list[Tensor]:
         return [spread(inputs[flat].detach(), SAMPLE) for flat in self.parameters]

@@ -34,6 +34,7 @@ from .session import Session
 from .uncaptured import Flag, decided, flags_of
 
 Model = TypeVar("Model", bound=nn.Module)
+TOO_MANY_SIZES = f"there are plans for {SIZES} sizes of its inputs already, and these are others"
 
 
 def moonwalk_compile(
@@ -113,14 +114,13 @@ class _Driver:
 
     def _too_many_sizes(self, error: FailOnRecompileLimitHit, args: Any, kwargs: Any) -> Any:
         """The sizes seen so far keep their plans; this call runs as the model is."""
-        reason = f"there are plans for {SIZES} sizes of its inputs already, and these are others"
         if self.options.budget is not None:
             todo = "pad the inputs to fewer different sizes, or leave out the budget to train the others plain"
-            raise CaptureError("The model could not be compiled", reason, todo) from error
+            raise CaptureError("The model could not be compiled", TOO_MANY_SIZES, todo) from error
         if not self.warned:
             self.warned = True
             name = type(self.model).__name__
-            warnings.warn(f"moonwalk: {name} trains plain on some inputs: {reason}", stacklevel=4)
+            warnings.warn(f"moonwalk: {name} trains plain on some inputs: {TOO_MANY_SIZES}", stacklevel=4)
         return self.model._call_impl(*args, **kwargs)
 
     def _flag_values(self) -> tuple[Any, ...]:

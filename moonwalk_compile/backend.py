@@ -194,6 +194,8 @@ class CompiledStep:
 
     def _check(self, arguments: Sequence[Any]) -> None:
         """Measure certificates again where the last ones may not hold, and now and then."""
+        if not is_real(arguments):
+            return
         with disable_current_modes():
             far = self.anchor is not None and self.anchor.is_far(arguments)
         drifts = self._drifts()
@@ -215,8 +217,6 @@ class CompiledStep:
         If not `anew`, then only their growth. A chain that drifts below the tolerance is measured again when it has
         drifted twice as far.
         """
-        if not is_real(arguments):
-            return
         session, tolerance = self.session, self.options.tolerance
         assert session.planned is not None
         known = None if anew else session.certificates

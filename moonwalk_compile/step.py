@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from .api import first_line, unwrap
+from .api import TOO_MANY_SIZES, first_line, unwrap
 from .backend import CompiledStep, specialised
 from .errors import CaptureError, MoonwalkError, OptionError, UsageError
 from .options import Options
-from .passes._torch_compat import SIZES, FailOnRecompileLimitHit, TorchDynamoException, capturing, compiled
+from .passes._torch_compat import FailOnRecompileLimitHit, TorchDynamoException, capturing, in_own_frame
 from .report import Plan
 from .session import Certificates, Session
 from .step_session import TITLE, PlanOnly, StepSession
@@ -134,7 +134,7 @@ class TrainingStep:
         def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             return _CompiledTraining(gm, [specialised(value) for value in example_inputs], self, lower)
 
-        return compiled(loss_of, backend, fullgraph=True)
+        return in_own_frame(loss_of, backend, fullgraph=True)
 
     def _loss(self, *inputs: Any) -> Tensor:
         if self.loss_fn is None:
@@ -146,8 +146,8 @@ class TrainingStep:
             with capturing():
                 return compiled(*inputs)
         except FailOnRecompileLimitHit as error:
-            what = f"there are plans for {SIZES} sizes of its inputs already, and these are others"
-            raise CaptureError("The step could not be compiled", what, "pad the inputs to fewer sizes") from error
+            todo = "pad the inputs to fewer different sizes"
+            raise CaptureError("The step could not be compiled", TOO_MANY_SIZES, todo) from error
         except TorchDynamoException as error:
             ours = unwrap(error)
             if isinstance(ours, (MoonwalkError, PlanOnly)):

@@ -50,10 +50,12 @@ def compiled_call(model: Module, backend: str | Callable[..., Any], fullgraph: b
 
     (`model.compile()` takes a Sequential apart for that reason, and compiles what it contains one by one.)
     """
-    return compiled(model._call_impl, backend, fullgraph)
+    return in_own_frame(model._call_impl, backend, fullgraph)
 
 
-def compiled(function: Callable[..., Any], backend: str | Callable[..., Any], fullgraph: bool) -> Callable[..., Any]:
+def in_own_frame(
+    function: Callable[..., Any], backend: str | Callable[..., Any], fullgraph: bool
+) -> Callable[..., Any]:
     """`torch.compile(function)`, one plan for each size, in a frame of its own.
 
     Dynamo looks compilations up, and counts them, by code object. Where models shared one, each call would walk through
@@ -104,7 +106,6 @@ __all__ = [
     "NOT_ON_FAKE_TENSORS",
     "SIZES",
     "capturing",
-    "compiled",
     "compiled_call",
     "disable_current_modes",
     "PlainAOTInput",
@@ -114,6 +115,7 @@ __all__ = [
     "functorch_config",
     "fx_graph_cse",
     "global_optimizer_hooks",
+    "in_own_frame",
     "is_composite",
     "is_retained",
     "lookup_backend",

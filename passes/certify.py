@@ -182,7 +182,9 @@ def measure_chain(
             added = _added_noise(link, reached, moved, state)
             local = size(added, reached)
             moved = {**moved, **{value: moved[value] + magnified * more for value, more in added.items()}}
+            before = size(_differences(reached, moved, link.noisy), reached)
         else:
+            before = after
             local = earlier.local * max(1.0, growth / max(earlier.growth, 1e-6))
         sound = math.isfinite(local) and math.isfinite(growth) and after > 0  # zero: the signal itself has underflowed
         sound = sound and math.isfinite(_norm(t for t in reached.values() if t.is_floating_point()))
@@ -190,7 +192,6 @@ def measure_chain(
         noise = math.hypot(noise * growth, local)
         if not noise < DROWNED:
             return  # what follows would be measured on noise that looks stable; it stays without a certificate
-        before = size(_differences(reached, moved, link.noisy), reached)
         if 0 < before < math.inf and not PROBE / 30 < before < PROBE * 30:  # too large, or too small, to be linear
             moved = {**moved, **_between(reached, moved, link.noisy, PROBE / before)}
             magnified, before = magnified * PROBE / before, PROBE

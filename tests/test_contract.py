@@ -282,7 +282,7 @@ def test_the_users_own_errors_are_the_users():
 
 @pytest.mark.parametrize("budget", [None, "100%"])
 def test_more_input_sizes_than_are_compiled(monkeypatch: pytest.MonkeyPatch, budget: str | None):
-    """Those seen first keep their plans. A hundred other models that were compiled do not count."""
+    """Those seen first keep their plans. Other models, compiled before, do not count."""
     monkeypatch.setattr(_torch_compat, "SIZES", 3)
     base = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
     for _ in range(6):
