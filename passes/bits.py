@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.library import Library, register_fake
@@ -22,12 +24,29 @@ _library.define("put_marked(Tensor target, Tensor marks, Tensor taken) -> Tensor
 _library.define("unpack_two(Tensor packed, SymInt[] size, float high, float low, ScalarType dtype) -> Tensor")
 
 PIECE = 1 << 16  # elements
+CACHED = 1 << 18  # elements whose mask stays in a core's cache
+BY_NUMPY = (torch.float32, torch.float64, torch.bool)
 _GATHER = 0x0102040810204080  # times a word of eight 0/1 bytes: the top byte is the eight bits
 
 
 def _pack(source: Tensor, low: float = 0.0, high: float | None = None) -> Tensor:
-    """Which elements lie between `low` and `high` (or are True), eight at a time, in the words of an int64 view."""
-    flat = _mask(source, low, high).reshape(-1)
+    """Which elements lie between `low` and `high` (or are True)."""
+    if source.device.type == "cpu" and source.dtype in BY_NUMPY:
+        return _pack_by_numpy(source.detach().reshape(-1), low, high)
+    return _pack_by_words(_mask(source, low, high).reshape(-1))
+
+
+def _pack_by_numpy(flat: Tensor, low: float, high: float | None) -> Tensor:
+    """Piece by piece; several times faster than torch's own comparisons on a CPU."""
+    packed = torch.empty((flat.numel() + 7) // 8, dtype=torch.uint8)
+    for piece, bits in zip(flat.split(CACHED), packed.split(CACHED // 8), strict=True):
+        mask = _mask(piece.numpy(), low, high)
+        bits.numpy()[:] = numpy.packbits(mask, bitorder="little")
+    return packed
+
+
+def _pack_by_words(flat: Tensor) -> Tensor:
+    """Eight elements at a time, in the words of an int64 view."""
     if flat.storage_offset() % 8:  # a piece of a larger mask
         flat = flat.clone()
     if flat.numel() % 8:
@@ -35,11 +54,14 @@ def _pack(source: Tensor, low: float = 0.0, high: float | None = None) -> Tensor
     return ((flat.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
 
 
-def _mask(source: Tensor, low: float, high: float | None) -> Tensor:
-    if source.dtype == torch.bool:
+def _mask(source: Any, low: float, high: float | None) -> Any:
+    """Of a tensor or of an array."""
+    if source.dtype in (torch.bool, numpy.bool_):
         return source
     above = source > low
-    return above if high is None else above.logical_and_(source < high)
+    if high is not None:
+        above &= source < high
+    return above
 
 
 @lru_cache(maxsize=64)

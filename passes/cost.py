@@ -53,7 +53,13 @@ SPECIAL = {
     **dict.fromkeys("tanh sin cos pow bernoulli native_dropout".split(), 3.0),
     **dict.fromkeys("where masked_fill sort scatter gather".split(), 4.0),
 }
-SOLVERS = {"linalg_inv_ex": 2.0, "linalg_lu_factor_ex": 0.67, "linalg_solve_ex": 1.0, "linalg_cholesky_ex": 0.33}
+SOLVERS = {
+    "inverse": 2.0,
+    "linalg_inv_ex": 2.0,
+    "linalg_lu_factor_ex": 0.67,
+    "linalg_solve_ex": 1.0,
+    "linalg_cholesky_ex": 0.33,
+}
 
 LOOPS = {
     "moonwalk_compile::solve_convolution": (8, 8)

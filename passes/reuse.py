@@ -20,6 +20,9 @@ from .liveness import Timeline, simulate
 from .program import Instruction, Program
 from .solutions import Facts
 
+# Elementwise, and not tagged so by torch.
+ELEMENTWISE = {"elu_backward", "hardsigmoid_backward", "hardtanh_backward", "leaky_relu_backward", "softplus_backward"}
+
 
 @dataclass(frozen=True)
 class Writer:
@@ -129,9 +132,11 @@ def _over(instruction: Instruction, local: int) -> Instruction:
 
 @lru_cache(maxsize=4096)
 def _writer(target: Any) -> Writer | None:
-    if not isinstance(target, OpOverload) or torch.Tag.pointwise not in target.tags:
+    if not isinstance(target, OpOverload):
         return None
     packet = target.overloadpacket
+    if torch.Tag.pointwise not in target.tags and not (target.namespace == "aten" and packet.__name__ in ELEMENTWISE):
+        return None
     wanted = [(a.name, str(a.type)) for a in target._schema.arguments]
     for name in packet.overloads():
         overload = getattr(packet, name)

@@ -1,7 +1,7 @@
 """Rules over several nodes at once: what no single operation's inverse can give.
 
 A tensor in all its slices; the sum of disjoint slice gradients, which is a concatenation in disguise; MaxMin, whose
-backward pass is a 2x2 system; the gradient of `sort`, which is a permutation.
+backward pass is a 2x2 system; the gradient of `sort`, which is a permutation; that of `abs`, from the argument itself.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def find_regions(capture: Capture) -> Iterator[Region]:
     yield from _maxmins(reader)
     yield from _sorts(reader)
     yield from _maxima(reader)
+    yield from _signed(reader)
     yield from find_softsigns(reader)
     yield from find_composites(reader)
     for edge in capture.graph.edges:
@@ -386,6 +387,26 @@ def _maxima(reader: Reader) -> Iterator[Region]:
         if other != edge.gives[0]:
             yield Region((term.cotangent,), (other, *edge.gives), partial(torch.add), "inverse of a maximum")
         first.setdefault(term.key, edge.gives[0])
+
+
+# -- abs -----------------------------------------------------------------------------------------------------------
+
+
+def _signed(reader: Reader) -> Iterator[Region]:
+    """The factor of a sign, in one pass over what the sign is of. As in packed signs, an exact zero is negative."""
+    values = reader.graph.values
+    for edge in reader.edges("mul"):
+        for factor in (0, 1):
+            value, sign = reader.value(edge, factor), reader.made_by(reader.value(edge, 1 - factor), "sgn", "sign")
+            if value is None or sign is None or value in (*sign.gives, *sign.needs):
+                continue
+            layouts = {(values[v].shape, values[v].dtype) for v in (*edge.gives, value, *sign.needs)}
+            if len(layouts) == 1 and reader.capture.fake(value).is_floating_point():
+                yield Region((value,), (*edge.gives, *sign.needs), partial(_times_sign), "inverse of times sign")
+
+
+def _times_sign(y: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.leaky_relu_backward(y, x, -1.0, False)
 
 
 # -- sort ----------------------------------------------------------------------------------------------------------

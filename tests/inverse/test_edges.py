@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parametrizations
 
-from moonwalk_compile.passes.cost import DEVICES, base_name
+from moonwalk_compile.passes.bits import strict_sign
+from moonwalk_compile.passes.cost import DEVICES, qualified_name
 from moonwalk_compile.passes.graph import Edge
 from moonwalk_compile.passes.interpret import run_edges
 from moonwalk_compile.passes.inverse import inverse_edges
 from moonwalk_compile.passes.inverse.edges import lay_out
+from moonwalk_compile.passes.inverse.linear import inverse
 from moonwalk_compile.passes.inverse.orthogonal import orthogonal_values
 from moonwalk_compile.testing import capture_joint, true_values
 
@@ -79,6 +81,16 @@ def test_maxmin_from_its_mask_equals_the_backward_pass() -> None:
     assert all(torch.equal(reached[value], truth[value]) for value in shortcut.gives)
 
 
+def test_the_factor_of_a_sign_is_solved_in_one_pass() -> None:
+    arguments = [torch.tensor([-2.0, 3.0, 0.0, -0.0])]
+    capture = capture_joint(torch.abs, arguments)
+    edge = next(e for e in inverse_edges(capture, CPU) if e.label == "inverse of times sign")
+    assert len(edge.operations) == 1
+    cotangent, (needed, argument) = torch.tensor([1.0, 2.0, 3.0, 4.0]), edge.needs
+    reached = run_edges([edge], {needed: cotangent, argument: arguments[0]})[edge.gives[0]]
+    assert torch.equal(reached, cotangent * strict_sign(arguments[0]))
+
+
 def test_identical_layers_are_traced_once() -> None:
     def deep(x: Tensor, *weights: Tensor) -> Tensor:
         for weight in weights:
@@ -128,8 +140,32 @@ def test_orthogonal_weights_are_transposed(settings: dict[str, Any], shape: tupl
         assert any(_inverts(edge) for edge in unproved)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["orthogonal", "transposed", "nearly orthogonal", "any", "batch"])
+def test_inverses_are_those_of_double_precision(name: str, dtype: torch.dtype) -> None:
+    square = torch.randn(32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rotation = torch.linalg.qr(square).Q
+    skew = (square - square.mT) * 1e-6
+    matrix = {
+        "orthogonal": rotation,
+        "transposed": rotation.to(dtype).mT,
+        "nearly orthogonal": rotation + rotation @ skew + 1e-6 * square,
+        "any": square,
+        "batch": torch.stack([rotation, rotation.mT]),
+    }[name].to(dtype)
+    found, truth = inverse(matrix), torch.linalg.inv(matrix.double())
+    roundings = 1 if dtype == torch.float32 else 8  # double precision has none better to be computed in
+    limit = roundings * torch.linalg.cond(matrix.double()).max() * torch.finfo(dtype).eps
+    assert torch.linalg.vector_norm(found - truth) / torch.linalg.vector_norm(truth) < limit
+    assert found.is_contiguous() and found.dtype == dtype
+
+
+def test_a_singular_matrix_has_no_finite_inverse() -> None:
+    assert not inverse(torch.ones(4, 4)).isfinite().all()
+
+
 def _inverts(edge: Edge) -> bool:
-    return any(base_name(operation.target) == "linalg_inv_ex" for operation in edge.operations)
+    return any(qualified_name(operation.target) == "moonwalk_compile::inverse" for operation in edge.operations)
 
 
 def assert_orthonormal(matrix: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moonwalk_compile.passes.bits import pack_bits, strict_sign, unpack_two
+from moonwalk_compile.passes.bits import CACHED, pack_bits, strict_sign, unpack_two
 
 shapes = st.lists(st.integers(1, 9), min_size=0, max_size=3)
 quick = settings(max_examples=50, deadline=None, derandomize=True)
@@ -54,6 +54,15 @@ def test_numbers_are_packed_by_the_side_that_they_are_on():
     assert pack_bits(source, 0.5).tolist() == [0b00111000]
     assert pack_bits(source, 0.0, 2.0).tolist() == [0b00001100]
     assert pack_bits(torch.tensor([0, 1, 1])).tolist() == [6]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("count", [CACHED - 1, 2 * CACHED + 3])
+def test_large_tensors_are_packed_like_small_ones(count: int, dtype: torch.dtype) -> None:
+    source = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(dtype)
+    inside = (source > -0.5) & (source < 0.25)
+    assert torch.equal(pack_bits(source, -0.5, 0.25), pack_bits(inside))
+    assert torch.equal(unpack_two(pack_bits(source, -0.5, 0.25), [count], 1, 0, torch.bool), inside)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

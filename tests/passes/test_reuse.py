@@ -26,6 +26,7 @@ OPERATIONS: dict[str, tuple[Any, int, tuple[Any, ...]]] = {
     "mul": (aten.mul.Tensor, 2, ()),
     "add": (aten.add.Tensor, 2, ()),
     "gelu_backward": (aten.gelu_backward.default, 2, ()),
+    "leaky_relu_backward": (aten.leaky_relu_backward.default, 2, (-1.0, False)),
     "mm": (aten.mm.default, 2, ()),
     "t": (aten.t.default, 1, ()),
     "view": (aten.view.default, 1, ([6, 6],)),
