@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from main_job_runs import Variant
 from torch import nn
-from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from examples.ordinary import build, loss
@@ -110,8 +109,7 @@ def measure_model(name: str, lowering: str, scale: str, budgets: int, repeats: i
     torch.manual_seed(0)
     base, inputs = build(name, scale)
     gradients = sum(p.numel() * p.element_size() for p in base.parameters() if p.requires_grad)
-    # Masks are to be comparable: Inductor would draw random numbers of its own.
-    with inductor_config.patch(fallback_random=True):
+    with peers.same_random_numbers(lowering):
         found = dict(variants_of_peers(name, base, inputs, lowering))
         peaks = {title: variant.peak() for title, variant in found.items()}
         low = smallest(base, inputs, lowering)

@@ -21,7 +21,6 @@ from .front import checkpoint_by_hand
 from .measure import Comparison, compare_steps, measure_step, time_interleaved
 from .options import Options
 from .passes._torch_compat import tree_flatten
-from .passes._torch_compat_inductor import inductor_config
 from .units import format_bytes, format_seconds
 
 TORCH_BUDGETS = (0.5, 0.1)
@@ -111,7 +110,7 @@ def bench_model(build: Build, options: Options, device: str, repeats: int = 7) -
     inputs = tuple(value.to(place) if isinstance(value, Tensor) else value for value in inputs)
     notes: list[str] = []
     ways: list[_Way] = []
-    with inductor_config.patch(fallback_random=True):  # Inductor's own random numbers would be other ones than plain's
+    with peers.same_random_numbers(options.lowering):
         with tqdm(desc="compiling", leave=False, disable=None) as bar:
             for way in _ways(model, inputs, options, notes):
                 ways.append(way)

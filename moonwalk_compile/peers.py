@@ -18,6 +18,7 @@ from .passes._torch_compat import (
     functorch_config,
     min_cut_rematerialization_partition,
 )
+from .passes._torch_compat_inductor import inductor_config
 from .passes.lower import boxed_eager
 
 Partition = Callable[..., Any]
@@ -62,6 +63,16 @@ def under_torch_budget(model: nn.Module, lowering: str) -> nn.Module:
 @contextlib.contextmanager
 def torch_budget(part: float) -> Iterator[None]:
     with functorch_config.patch(activation_memory_budget=part, donated_buffer=False, enable_autograd_cache=False):
+        yield
+
+
+@contextlib.contextmanager
+def same_random_numbers(lowering: str) -> Iterator[None]:
+    """While this holds, all that is compiled draws the random numbers of eager PyTorch, as eager lowering always does.
+
+    There the option would be unfair to plain: it keeps draws in the backward pass whose results nobody reads.
+    """
+    with inductor_config.patch(fallback_random=True) if lowering == "inductor" else contextlib.nullcontext():
         yield
 
 

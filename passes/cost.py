@@ -29,6 +29,7 @@ class Device:
     bandwidth: float
     overhead: float
     transcendental: float = 1e11  # elements of exp, erf, tanh per second
+    random: float = 5e11  # random numbers drawn per second
     datasheet: bool = True
     clock: Callable[[Operation], float | None] | None = field(default=None, compare=False, repr=False)
 
@@ -41,7 +42,7 @@ DEVICES: dict[str, Device] = {
     "l4": Device("l4", 60e12, 0.3e12 * 0.8, 5e-6, 1e12),
     "rtx4090": Device("rtx4090", 80e12, 1.0e12 * 0.8, 5e-6, 2e12),
     "cuda": Device("cuda", 160e12, 1.6e12, 5e-6, 3e12),
-    "cpu": Device("cpu", 1e11, 1e10, 5e-6, 5e8),
+    "cpu": Device("cpu", 1e11, 1e10, 5e-6, 5e8, 2e8),
 }
 
 # Elementwise work that arithmetic, not memory, bounds on a CPU: seconds per element relative to GELU.
@@ -50,9 +51,11 @@ SPECIAL = {
     **dict.fromkeys("silu_backward sigmoid_backward _softmax_backward_data _log_softmax_backward_data".split(), 1.0),
     **dict.fromkeys("native_layer_norm native_layer_norm_backward native_group_norm native_batch_norm".split(), 1.3),
     **dict.fromkeys("gelu_backward tanh_backward elu_backward".split(), 1.8),
-    **dict.fromkeys("tanh sin cos pow bernoulli native_dropout".split(), 3.0),
+    **dict.fromkeys("tanh sin cos pow".split(), 3.0),
     **dict.fromkeys("where masked_fill sort scatter gather".split(), 4.0),
 }
+# A CPU draws one number after another, on one core.
+RANDOM = set("bernoulli native_dropout rand rand_like randn randn_like randint uniform normal rrelu_with_noise".split())
 SOLVERS = {
     "inverse": 2.0,
     "linalg_inv_ex": 2.0,
@@ -108,8 +111,10 @@ def operation_seconds(operation: Operation, device: Device) -> float:
     rounds = _rounds(operation)
     arithmetic = operation.flops / device.flops
     memory = rounds * operation.moved / device.bandwidth
-    special = sum(operation.new) / 4 * SPECIAL.get(name, 0.0) / device.transcendental
-    return rounds * device.overhead + max(arithmetic, memory, special)
+    elements = sum(operation.new) / 4
+    special = elements * SPECIAL.get(name, 0.0) / device.transcendental
+    drawn = elements / device.random if name in RANDOM else 0.0
+    return rounds * device.overhead + max(arithmetic, memory, special, drawn)
 
 
 def _rounds(operation: Operation) -> int:
@@ -134,18 +139,20 @@ def _seconds(function: Callable[[], Any], repeats: int = 5) -> float:
 
 @cache
 def calibrate_cpu() -> Device:
-    """Measure this machine in about a quarter of a second: matrix product, copy, transcendental, call overhead."""
-    with disable_current_modes():
+    """Measure this machine in about a quarter of a second: products, copies, GELU, random numbers, call overhead."""
+    with disable_current_modes(), torch.random.fork_rng(devices=[]):
         return _calibrate()
 
 
 def _calibrate() -> Device:
     matrix = torch.randn(768, 768)
     large: Tensor = torch.randn(1 << 22)
+    half = torch.randn(1 << 18)
     small = torch.randn(8)
     product = _seconds(lambda: matrix @ matrix)
     copied = _seconds(lambda: large + 1.0)
     special = _seconds(lambda: torch.nn.functional.gelu(large))
+    drawn = _seconds(lambda: torch.native_dropout(half, 0.5, True))
     call = _seconds(lambda: [small + 1.0 for _ in range(100)]) / 100
     return Device(
         "cpu",
@@ -153,6 +160,7 @@ def _calibrate() -> Device:
         bandwidth=8 * large.numel() / copied,
         overhead=call,
         transcendental=large.numel() / special,
+        random=1.25 * half.numel() / drawn,  # the mask is counted with the numbers
         datasheet=False,
     )
 

@@ -82,6 +82,14 @@ def test_in_a_fused_loop_pointwise_operations_take_what_the_table_says(tmp_path:
     assert Clock(fused=True, folder=tmp_path)(product(8)) is not None
 
 
+def test_what_draws_takes_as_long_as_its_numbers() -> None:
+    device = replace(DEVICES["cpu"], bandwidth=1e12, overhead=0.0, random=8.0)
+    drawn = replace(operation(aten.native_dropout.default, torch.empty(8)), new=(32, 8))
+    assert operation_seconds(drawn, device) == 10 / 8.0
+    replayed = replace(operation(aten.mul.Tensor, torch.empty(8)), new=(32,), moved=64)
+    assert operation_seconds(replayed, device) < 1e-9
+
+
 def test_random_numbers_stay_where_they_are() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
