@@ -87,7 +87,6 @@ def checkpointed(base: nn.Module, context: Callable[[], Any] | None) -> nn.Modul
 
 
 def started(model: nn.Module, inputs: Any) -> Variant:
-    torch._dynamo.reset()
     variant = Variant(model, loss, inputs)
     variant.step()
     return variant

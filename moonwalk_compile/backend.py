@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from .anchor import Anchor
+from .errors import CaptureError
 from .options import Options
 from .passes._torch_compat import disable_current_modes, dynamo_aot_autograd, functorch_config, lookup_backend
 from .passes.cost import Device, find_device
@@ -18,7 +19,8 @@ from .passes.drift import Drift
 from .passes.inductor import lower, warm_up
 from .passes.lower import boxed_eager
 from .report import Plan
-from .session import Certificates, Session, is_real
+from .session import Certificates, Session, is_real, role_of
+from .sharing import share_memory
 from .units import format_bytes
 
 OnPlan = Callable[[Plan], None]
@@ -26,6 +28,7 @@ REFRESH = (10, 50)  # steps at which certificates are measured again; then every
 REFRESH_EVERY = 100
 ALARM = 0.25  # part of the tolerance to which the values of a chain may drift before it is measured again
 GPU_DRIFTS_EVERY = 10
+SHARED = "two inputs share memory, and the model writes to one of them"
 NEGLIGIBLE = 4096  # bytes above the budget for which nobody plans again: counters and other scalars
 
 
@@ -129,7 +132,11 @@ class CompiledStep:
         self.corrected = False
         self.session: Session
         self.anchor: Anchor | None = None
-        self.current = self._compile(inputs)
+        self.warned = False
+        self.inputs = [place for place, value in enumerate(inputs) if role_of(value) == "input"]
+        self.current: Callable[..., Any] | None = self._compile(inputs)
+        if self._shared(inputs):
+            self.current = None  # it holds for nothing else
 
     def _compile(self, inputs: Sequence[Any], certificates: Any = None, margin: int = 0) -> Callable[..., Any]:
         if self.options.lowering == "inductor" and self.device.name == "cpu":
@@ -152,6 +159,11 @@ class CompiledStep:
         return Session(*given, certificates=certificates, margin=margin, on_measured=self._measured)
 
     def __call__(self, *arguments: Any) -> Any:
+        if self._shared(arguments):
+            return self._run_plain(arguments)
+        if self.current is None:
+            with disable_current_modes():
+                self.current = self._compile(arguments)
         if torch.is_grad_enabled():
             self.steps += 1
             if not all(trusted.holds(arguments[flat]) for flat, trusted in self.trusted.items()):
@@ -162,6 +174,20 @@ class CompiledStep:
             elif self.session.inverts:
                 self._check(arguments)
         return self.current(*arguments)
+
+    def _shared(self, arguments: Sequence[Any]) -> bool:
+        """Whether the step writes to an input that shares memory with another one."""
+        written = self.session.written.intersection(self.inputs)
+        return bool(written) and share_memory(arguments, written, self.inputs)
+
+    def _run_plain(self, arguments: Sequence[Any]) -> Any:
+        if self.options.budget is not None:
+            todo = "pass a clone of one of them, or leave out the budget to train such calls plain"
+            raise CaptureError("The model cannot be compiled for this call", SHARED, todo)
+        if not self.warned:
+            self.warned = True
+            warnings.warn(f"moonwalk: a call trains plain: {SHARED}", stacklevel=3)
+        return self.gm(*arguments)
 
     def _measured(self, peak: int) -> None:
         """The first steps have run: the plan knows what they held."""

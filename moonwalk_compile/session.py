@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from .describe import describe
 from .errors import BudgetError, OptionError
 from .meter import StepMeter
 from .options import Options
-from .passes._torch_compat import FakeTensor, PlainAOTInput, disable_current_modes
+from .passes._torch_compat import FakeTensor, InputMutationAOTOutput, PlainAOTInput, disable_current_modes
 from .passes.analysis import Analysis, analyse
 from .passes.capture import Capture, read_joint
 from .passes.certificates import INVERTED, Certificate, chain_error
@@ -84,6 +84,7 @@ class Session:
     facts: Facts = field(init=False)
     lowerer: Lowerer = field(init=False)
     positions: dict[int, int] = field(default_factory=dict)  # primal value -> position among the graph's inputs
+    written: frozenset[int] = frozenset()  # the positions of tensors that the step writes to
 
     # -- AOTAutograd's hooks ---------------------------------------------------------------------------------------
 
@@ -99,6 +100,7 @@ class Session:
         roles = {primal: role_of(inputs[flat]) for primal, flat in places.items() if flat < len(inputs)}
         capture = read_joint(joint, num_fwd_outputs, self.device, roles)
         self.positions = {capture.graph.primals[primal]: flat for primal, flat in places.items()}
+        self.written = written_positions(joint, capture.graph.mutated, self.positions, inputs)
         options = self.options
         self.analysis = analyse(
             *(capture, self.device, self._read_constants(capture)),
@@ -342,6 +344,19 @@ def input_positions(joint: fx.GraphModule) -> dict[int, int]:
             found[primal] = description.idx
         primal += 1
     return found
+
+
+def written_positions(
+    joint: fx.GraphModule, mutated: Iterable[int], positions: Mapping[int, int], inputs: Sequence[Any]
+) -> frozenset[int]:
+    """Inputs that the graph writes to, or AOTAutograd behind it. Where inputs share memory and one of them is written
+    to, AOTAutograd merges them, and they have no position."""
+    described = joint.graph.output_node().meta.get("desc") or ()
+    behind = [d.mutated_input for d in described if isinstance(d, InputMutationAOTOutput)]
+    found = {positions[value] for value in mutated if value in positions}
+    found |= {source.idx for source in behind if isinstance(source, PlainAOTInput)}
+    tensors = {place for place, value in enumerate(inputs) if isinstance(value, Tensor)}
+    return frozenset(found | (tensors - set(positions.values())))
 
 
 def pinned_tensors(planner: Planner, planned: Planned, most: int = 6) -> tuple[str, ...]:

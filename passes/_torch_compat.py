@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd as dynamo_aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters as dynamo_counters
 from torch._functorch import config as functorch_config
-from torch._functorch._aot_autograd.descriptors import PlainAOTInput
+from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput, PlainAOTInput
 from torch._functorch.aot_autograd import aot_function
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
@@ -108,6 +108,7 @@ __all__ = [
     "capturing",
     "compiled_call",
     "disable_current_modes",
+    "InputMutationAOTOutput",
     "PlainAOTInput",
     "dynamo_aot_autograd",
     "dynamo_config",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_leaves
 
-from moonwalk_compile import BudgetError, moonwalk_compile
+from moonwalk_compile import BudgetError, CaptureError, moonwalk_compile
 from moonwalk_compile.measure import gradient_error, gradients
 
 PLANS: dict[str, dict[str, Any]] = {
@@ -515,6 +516,60 @@ def test_an_input_that_the_model_overwrites(plan: str, layout: str):
         if exact(ours):
             assert all(p.grad.equal(q.grad) for p, q in zip(ours.parameters(), model.parameters(), strict=True))
         assert gradient_error(gradients(ours), gradients(model)) < 1e-4
+
+
+class DecaysFirst(nn.Module):
+    """It writes to one input before it reads the other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        state.mul_(0.5)
+        return self.b(torch.tanh(self.a(x))) * state.sum()
+
+
+def overwritten(model: nn.Module, way: str) -> list[Tensor]:
+    """A call whose second input is a tensor of its own, a part of the first one, or beside it in memory."""
+    base = floats(8, 6)
+    x = base[:4]
+    state = {"alone": floats(6), "shared": x[1], "beside": base[4]}[way]
+    model.zero_grad()
+    result = model(x, state)
+    loss_of(result).backward()
+    return [result.detach(), base, state, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("first", ["alone", "shared"])
+def test_inputs_that_share_memory(first: str):
+    model = DecaysFirst()
+    ours = compiled(model)
+    warned = []
+    for way in (first, *{"alone", "shared"} - {first}, first):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = overwritten(ours, way)
+        warned += [str(warning.message) for warning in caught if "share memory" in str(warning.message)]
+        assert all(map(torch.equal, found, overwritten(model, way)))
+    assert len(warned) == 1 and ours.plan is not None
+
+
+def test_inputs_side_by_side_in_memory_do_not_share_it():
+    model = DecaysFirst()
+    ours = compiled(model)
+    overwritten(ours, "alone")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = overwritten(ours, "beside")
+    assert all(map(torch.equal, found, overwritten(model, "beside")))
+
+
+def test_inputs_that_share_memory_cannot_keep_a_budget():
+    ours = compiled(DecaysFirst(), budget="100%")
+    overwritten(ours, "alone")
+    with pytest.raises(CaptureError, match="pass a clone"):
+        overwritten(ours, "shared")
 
 
 # -- ways to use a model -----------------------------------------------------------------------------------------------
