@@ -131,7 +131,6 @@ def _place(device: str) -> torch.device:
 
 def _ways(model: nn.Module, inputs: Sequence[Any], options: Options, notes: list[str]) -> Iterator[_Way]:
     """Ours comes last. Each has run once, under its own settings."""
-    torch._dynamo.reset()
     planner = planned_session(model, tuple(inputs), replace(options, budget=None)).planner
     assert planner is not None
     graph, expected = planner.analysis.graph, planner.plain
@@ -170,7 +169,6 @@ def _ways(model: nn.Module, inputs: Sequence[Any], options: Options, notes: list
 
 
 def _started(model: nn.Module, inputs: Sequence[Any]) -> nn.Module:
-    torch._dynamo.reset()
     scalar_loss(model, *inputs).backward()
     model.zero_grad(set_to_none=True)
     return model

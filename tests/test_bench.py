@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from moonwalk_compile import peers
-from moonwalk_compile.bench import Bench, bench_model, scalar_loss
+from moonwalk_compile.bench import Bench, _ways, bench_model, scalar_loss
 from moonwalk_compile.cli import main
 from moonwalk_compile.errors import UsageError
 from moonwalk_compile.measure import gradient_error, gradients
@@ -68,6 +69,18 @@ def test_the_command_measures_every_way(target: str, tmp_path: Path, capsys: pyt
     assert rows["each block checkpointed"]["peak_bytes"] < plain["peak_bytes"]
     assert ours["gradient_error"] == 0 and plain["time_ratio"] == 1
     assert picture.stat().st_size > 10_000
+
+
+def test_every_way_keeps_the_settings_that_it_was_compiled_under() -> None:
+    """Compiled again, torch's budgets would be those of the moment."""
+    inputs = (torch.randn(4, 8),)
+    ways = list(_ways(Two(), inputs, Options(parse_bytes("100%"), lowering="eager"), []))
+    assert {"torch's budget 0.5", "torch's budget 0.1"} < {way.name for way in ways}
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled
+    for way in ways:
+        scalar_loss(way.model, *inputs).backward()
+    assert counters["stats"]["unique_graphs"] == compiled
 
 
 def test_a_budget_out_of_reach_ends_with_status_one(target: str, capsys: pytest.CaptureFixture[str]) -> None:
