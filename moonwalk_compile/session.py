@@ -310,6 +310,8 @@ class Session:
             planned = planner.slowed(limit)
             return planner.tidied(planned, planned.peak, limit)
         budget = self.options.budget.resolve(plain.peak) - less
+        if plain.peak <= budget and "keep" in self.options.strategies:
+            return planner.loose
         found = planner.within(budget)
         self.cornered = found is None
         return planner.smallest() if found is None else planner.tidied(found, budget, math.inf)

@@ -67,7 +67,7 @@ class BackwardEmitter:
         self.facts, self.analysis, self.graph = facts, facts.analysis, facts.analysis.graph
         self.builder = Builder(self.graph)
         self.kept, self.given = frozenset(kept), frozenset(given)
-        self.kept |= {self.analysis.packs[value].kept for value in self.kept if value in self.analysis.packs}
+        self.kept |= {facts.packs[value].kept for value in self.kept if value in facts.packs}
         self.routes: dict[int, Edge] = {}
         self.sides: frozenset[int] = frozenset()  # of the block that is being inverted
         self.watching = watching
@@ -82,7 +82,7 @@ class BackwardEmitter:
     def route(self, value: int) -> Edge | None:
         """The edge to emit for a value, or None when it is an argument of the backward program."""
         if value in self.kept:
-            pack = self.analysis.packs.get(value)
+            pack = self.facts.packs.get(value)
             return None if pack is None else pack.decode
         if value in self.graph.static:
             return self.graph.definition.get(value)

@@ -17,6 +17,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from .bits import unpack_two
 from .certificates import INVERTED, Certificate, chain_error
 from .cost import base_name, operation_seconds
 from .costs import backward_program
@@ -40,7 +41,10 @@ class NoPlan(Exception):
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan that has been emitted and simulated. Bytes and seconds are of the whole step."""
+    """A plan that has been emitted and simulated. Bytes and seconds are of the whole step.
+
+    If `packed`, what can be kept as bits is.
+    """
 
     segments: tuple[Segment, ...]
     schedule: Schedule
@@ -48,6 +52,7 @@ class Planned:
     backward: Timeline
     seconds: float
     error: float = 0.0
+    packed: bool = True
 
     @property
     def peak(self) -> int:
@@ -172,8 +177,8 @@ class Planner:
     def _recomputed_labels(self, segment: Segment) -> list[str]:
         program = backward_program(self.facts, segment)
         forward = {v for index in segment.span for e in self.analysis.blocks[index].forward for v in e.gives}
-        again = (i for i in program.instructions if i.value in forward and i.operation.new)
-        return list(dict.fromkeys(base_name(instruction.operation.target) for instruction in again))
+        again = (i.operation for i in program.instructions if i.value in forward and i.operation.new)
+        return list(dict.fromkeys(base_name(op.target) for op in again if op.target is not unpack_two.default))
 
     # -- dynamic programming ----------------------------------------------------------------------------------------
 
@@ -279,10 +284,21 @@ class Planner:
     @cached_property
     def plain(self) -> Planned:
         """Plain backpropagation, as PyTorch runs it: all that the backward pass reads is kept, nothing written over."""
+        return self._all_kept(Facts(self.analysis, workspace=self.facts.workspace, packed=False), measure_schedule)
+
+    @cached_property
+    def loose(self) -> Planned:
+        """The same, lowered as every plan of ours is."""
+        return self._all_kept(self.whole, self.measure)
+
+    @cached_property
+    def whole(self) -> Facts:
+        facts = self.facts
+        return Facts(self.analysis, facts.reuse, facts.workspace, facts.freed, packed=False)
+
+    def _all_kept(self, facts: Facts, measure: Measure) -> Planned:
         segments = tuple(self.maker.plain(index) for index in range(len(self.analysis.blocks)))
-        return measure_schedule(
-            Facts(self.analysis, workspace=self.facts.workspace), segments, emit(self.facts, segments)
-        )
+        return replace(measure(facts, segments, emit(facts, segments), 0.0), packed=False)
 
     def within(self, budget: float, rounds: int = 8) -> Planned | None:
         """The fastest plan whose *simulated* peak is within `budget`; the modelled budget is moved to get there."""

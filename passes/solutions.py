@@ -230,7 +230,8 @@ class Facts:
     """The solutions of single blocks, computed when first asked for.
 
     `reuse` says that the programs will be lowered with results written over dying operands, `workspace` what an
-    operation holds within its call, `freed` which gradients are used up where they are produced.
+    operation holds within its call, `freed` which gradients are used up where they are produced. Without `packed`,
+    values that could be kept as bits are kept whole, as PyTorch does.
     """
 
     def __init__(
@@ -239,8 +240,12 @@ class Facts:
         reuse: bool = False,
         workspace: Callable[[Operation], int] | None = None,
         freed: frozenset[int] = frozenset(),
+        packed: bool = True,
     ) -> None:
         self.analysis, self.reuse, self.workspace, self.freed = analysis, reuse, workspace, freed
+        graph, packs = analysis.graph, analysis.packs
+        copies = {value: pack for value, pack in packs.items() if graph.values[value].storage in graph.mutated}
+        self.packs = packs if packed else copies
         self._cache: dict[tuple[str, int], Any] = {}
 
     def _once(self, kind: str, index: int, function: Callable[[Analysis, Block], Any]) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from examples.ordinary import MODELS, build, loss
-from moonwalk_compile import BudgetError, moonwalk_compile
+from moonwalk_compile import BudgetError, moonwalk_compile, peers
 from moonwalk_compile.api import fake_session
 from moonwalk_compile.measure import compare_steps, measure_step
 from moonwalk_compile.options import Options
@@ -43,6 +43,36 @@ def test_gradients_are_exact_and_the_budget_holds(name: str, part: str) -> None:
     measured = measure_step(step).peak_bytes
     assert measured <= ours.plan.peak_bytes
     assert ours.plan.peak_bytes <= ours.plan.budget_bytes
+
+
+class Dropped(nn.Module):
+    """A fifth of what plain keeps are masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = nn.functional.dropout(torch.tanh(layer(x)), 0.1)
+        return x.square().mean()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_loose_budget_keeps_masks_as_plain_does() -> None:
+    model, inputs = Dropped(), (torch.randn(512, 64),)
+    plain = peers.plain(model, "eager")
+    loose, tight = (compiled(model, budget, inputs) for budget in ("100%", "99%"))
+    peaks = []
+    for trained in (plain, loose, tight):
+        trained(*inputs).backward()
+        trained.zero_grad(set_to_none=True)
+        peaks.append(measure_step(lambda trained=trained: trained(*inputs).backward()).peak_bytes)
+    assert loose.plan.plain_peak_bytes == peaks[0]
+    assert peaks[0] >= peaks[1] > 1.05 * peaks[2]
+    assert loose.plan.time_s <= loose.plan.plain_time_s < tight.plan.time_s
+    assert {segment.reason for segment in (*loose.plan.segments, *tight.plan.segments)} == {"fits"}
+    assert loose.plan.segments[1].kept_bytes > tight.plan.segments[1].kept_bytes
 
 
 @pytest.mark.usefixtures("fresh_compiler")
