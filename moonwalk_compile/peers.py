@@ -68,9 +68,10 @@ def torch_budget(part: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def same_random_numbers(lowering: str) -> Iterator[None]:
-    """While this holds, all that is compiled draws the random numbers of eager PyTorch, as eager lowering always does.
+    """While this holds, what Inductor compiles draws the random numbers of eager PyTorch.
 
-    There the option would be unfair to plain: it keeps draws in the backward pass whose results nobody reads.
+    Eager lowering does so anyway; there the option would only make plain slower, with draws in the backward pass
+    whose results nobody reads.
     """
     with inductor_config.patch(fallback_random=True) if lowering == "inductor" else contextlib.nullcontext():
         yield

@@ -55,7 +55,7 @@ SPECIAL = {
     **dict.fromkeys("where masked_fill sort scatter gather".split(), 4.0),
 }
 # A CPU draws one number after another, on one core.
-RANDOM = set("bernoulli native_dropout rand rand_like randn randn_like randint uniform normal rrelu_with_noise".split())
+RANDOM = set("bernoulli native_dropout rand rand_like randn randn_like randint uniform normal".split())
 SOLVERS = {
     "inverse": 2.0,
     "linalg_inv_ex": 2.0,
