@@ -149,7 +149,7 @@ class CompiledStep:
             if is_real(inputs) and session.inverts:
                 self.anchor = Anchor(inputs, session.places("parameter"), session.places("input"))
         session.example_inputs = None  # nothing may outlive the step because of us
-        self.session = session
+        self.session, self.written = session, session.written.intersection(self.inputs)
         if session.plan is not None:
             self._publish(session.plan)
         return compiled
@@ -177,8 +177,7 @@ class CompiledStep:
 
     def _shared(self, arguments: Sequence[Any]) -> bool:
         """Whether the step writes to an input that shares memory with another one."""
-        written = self.session.written.intersection(self.inputs)
-        return bool(written) and share_memory(arguments, written, self.inputs)
+        return bool(self.written) and share_memory(arguments, self.written, self.inputs)
 
     def _run_plain(self, arguments: Sequence[Any]) -> Any:
         if self.options.budget is not None:

@@ -13,21 +13,18 @@ from torch import Tensor
 
 
 def share_memory(arguments: Sequence[Any], written: Iterable[int], inputs: Iterable[int]) -> bool:
-    """Whether one of the `written` arguments overlaps with another one of `inputs`; both are positions."""
-    spans = {place: _span(arguments[place]) for place in {*written, *inputs} if isinstance(arguments[place], Tensor)}
-    others = [spans.get(place) for place in inputs]
+    """Whether one of the `written` among the `inputs` overlaps with another one; both are positions."""
+    tensors = {place: arguments[place] for place in inputs if isinstance(arguments[place], Tensor)}
+    spans = {place: _span(tensor) for place, tensor in tensors.items() if tensor.numel()}
     return any(
-        other is not None and mine is not other and mine[0] == other[0] and mine[1] < other[2] and other[1] < mine[2]
-        for place in written
-        if (mine := spans.get(place)) is not None
-        for other in others
+        one != other and spans[one][0] == storage and spans[one][1] < stop and start < spans[one][2]
+        for one in spans.keys() & set(written)
+        for other, (storage, start, stop) in spans.items()
     )
 
 
-def _span(tensor: Tensor) -> tuple[Any, int, int] | None:
-    """A storage, and the elements that lie between the first and the last one of the tensor, in bytes."""
-    if not tensor.numel():
-        return None
+def _span(tensor: Tensor) -> tuple[Any, int, int]:
+    """A storage, and the first byte of the tensor and the one behind its last."""
     reach = 1 + sum((int(n) - 1) * int(stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.storage_offset()) * tensor.itemsize
     return tensor.untyped_storage()._cdata, start, start + reach * tensor.itemsize

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy
+import numpy as np
 import torch
 from torch import Tensor
 from torch.library import Library, register_fake
@@ -41,7 +41,7 @@ def _pack_by_numpy(flat: Tensor, low: float, high: float | None) -> Tensor:
     packed = torch.empty((flat.numel() + 7) // 8, dtype=torch.uint8)
     for piece, bits in zip(flat.split(CACHED), packed.split(CACHED // 8), strict=True):
         mask = _mask(piece.numpy(), low, high)
-        bits.numpy()[:] = numpy.packbits(mask, bitorder="little")
+        bits.numpy()[:] = np.packbits(mask, bitorder="little")
     return packed
 
 
@@ -56,7 +56,7 @@ def _pack_by_words(flat: Tensor) -> Tensor:
 
 def _mask(source: Any, low: float, high: float | None) -> Any:
     """Of a tensor or of an array."""
-    if source.dtype in (torch.bool, numpy.bool_):
+    if source.dtype in (torch.bool, np.bool_):
         return source
     above = source > low
     if high is not None:

@@ -147,12 +147,12 @@ def calibrate_cpu() -> Device:
 def _calibrate() -> Device:
     matrix = torch.randn(768, 768)
     large: Tensor = torch.randn(1 << 22)
-    half = torch.randn(1 << 18)
+    medium = torch.randn(1 << 18)
     small = torch.randn(8)
     product = _seconds(lambda: matrix @ matrix)
     copied = _seconds(lambda: large + 1.0)
     special = _seconds(lambda: torch.nn.functional.gelu(large))
-    drawn = _seconds(lambda: torch.native_dropout(half, 0.5, True))
+    drawn = _seconds(lambda: torch.native_dropout(medium, 0.5, True))
     call = _seconds(lambda: [small + 1.0 for _ in range(100)]) / 100
     return Device(
         "cpu",
@@ -160,7 +160,7 @@ def _calibrate() -> Device:
         bandwidth=8 * large.numel() / copied,
         overhead=call,
         transcendental=large.numel() / special,
-        random=1.25 * half.numel() / drawn,  # the mask is counted with the numbers
+        random=1.25 * medium.numel() / drawn,  # the mask is counted with the numbers
         datasheet=False,
     )
 

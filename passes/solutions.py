@@ -243,9 +243,8 @@ class Facts:
         packed: bool = True,
     ) -> None:
         self.analysis, self.reuse, self.workspace, self.freed = analysis, reuse, workspace, freed
-        graph, packs = analysis.graph, analysis.packs
-        copies = {value: pack for value, pack in packs.items() if graph.values[value].storage in graph.mutated}
-        self.packs = packs if packed else copies
+        values, mutated = analysis.graph.values, analysis.graph.mutated
+        self.packs = {v: pack for v, pack in analysis.packs.items() if packed or values[v].storage in mutated}
         self._cache: dict[tuple[str, int], Any] = {}
 
     def _once(self, kind: str, index: int, function: Callable[[Analysis, Block], Any]) -> Any:

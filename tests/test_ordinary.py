@@ -46,7 +46,7 @@ def test_gradients_are_exact_and_the_budget_holds(name: str, part: str) -> None:
 
 
 class Dropped(nn.Module):
-    """A fifth of what plain keeps are masks."""
+    """A ninth of what plain keeps are masks."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 The pseudo-inverse is made in double precision and cast, and then applied as one product: a Gram matrix in single
 precision would square the condition number. Nothing is read back from the device to check the rank: a deficient
-matrix gives infinities, which the certificate sees. An operator of its own, because it looks at the values.
+matrix gives infinities, which the certificate sees. Inverting is an operator of its own: on a CPU it looks at values.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from .rule import Call, Recipe, Rule
+
+NEARLY = 0.25  # of the root of the precision: how far a matrix is from orthogonal where one Newton step will do
 
 _library = Library("moonwalk_compile", "FRAGMENT")
 _library.define("inverse(Tensor matrix) -> Tensor")
@@ -33,8 +35,6 @@ def _inverse(matrix: Tensor) -> Tensor:
             return (matrix.mT @ excess.to(matrix.dtype)).neg_().add_(matrix.mT)
     return torch.linalg.inv_ex(wide, check_errors=False).inverse.to(matrix.dtype).contiguous()
 
-
-NEARLY = 0.25
 
 _library.impl("inverse", _inverse, "CompositeExplicitAutograd")
 
