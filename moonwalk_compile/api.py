@@ -29,6 +29,7 @@ from .passes._torch_compat import (
     tree_flatten,
 )
 from .passes.cost import find_device
+from .replay import Replays
 from .report import Plan
 from .session import Session
 from .uncaptured import Flag, decided, flags_of
@@ -83,6 +84,7 @@ class _Driver:
         self.model, self.options, self.fullgraph = model, options, fullgraph
         self.compiled: Callable[..., Any] = model._call_impl
         self.plain = False
+        self.replays = Replays(model, options.strategies, options.max_slowdown)  # while it is plain
         self.flags: tuple[Flag, ...] = ()  # on which the model branches
         self.flag_values: tuple[Any, ...] = ()  # when it was given up
         self.graphs = 0  # compiled for training
@@ -97,7 +99,7 @@ class _Driver:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.plain and self.flag_values == self._flag_values():
-            return self.model._call_impl(*args, **kwargs)
+            return self._run_plain(args, kwargs)
         graphs, breaks = self.graphs, Counter(dynamo_counters["graph_break"])
         try:
             with capturing(), decided(self.flags):
@@ -136,18 +138,22 @@ class _Driver:
         """Run as the model is: for good, or until its flags say that it has initialised itself from data."""
         self.flag_values = self._flag_values()
         if self.flags and not isinstance(unwrap(error), MoonwalkError):
-            result = self.model._call_impl(*args, **kwargs)
+            result = self._run_plain(args, kwargs)
             if self.flag_values != self._flag_values():
+                self.replays.forget()
                 return result
             reason = self._reason_to_give_up(error, args, kwargs)
         else:
             reason = self._reason_to_give_up(error, args, kwargs)
-            # What this raises is the user's own error, and nobody gives up.
-            result = self.model._call_impl(*args, **kwargs)
+            result = self._run_plain(args, kwargs)  # what this raises is the user's own error, and nobody gives up
         self.plain = True
-        name = type(self.model).__name__
-        warnings.warn(f"moonwalk: {name} trains plain, it could not be compiled: {reason}", stacklevel=4)
+        name, how = type(self.model).__name__, self.replays.note
+        warnings.warn(f"moonwalk: {name} trains plain{how}; it could not be compiled: {reason}", stacklevel=4)
         return result
+
+    def _run_plain(self, args: Any, kwargs: Any) -> Any:
+        with self.replays.replaying():
+            return self.model._call_impl(*args, **kwargs)
 
     def _warn_of_breaks(self, graphs: int, breaks: Sequence[str], result: Any) -> None:
         """Each part of a broken graph has the whole budget, and what is in no part has none."""
