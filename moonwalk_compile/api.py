@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .backend import compile_graph, device_of, needs_gradient, run_autograd
 from .errors import BudgetError, CaptureError, MoonwalkError
@@ -52,6 +53,8 @@ def moonwalk_compile(
 ) -> Model:
     """Compile `model` in place, so that its training step stays within a memory budget; returns the model.
 
+    Of a `DistributedDataParallel` the model inside is compiled.
+
     Args:
         budget: bytes, "512MiB", "2GiB" or "40%" (of plain backpropagation's peak): the most that one step's forward
             and backward hold at any moment beyond what was there before. The fastest plan within it is taken.
@@ -68,20 +71,20 @@ def moonwalk_compile(
     BudgetError where a budget cannot be met; with a budget, CaptureError where the model cannot be captured.
     """
     options = Options(budget, max_slowdown, tuple(strategies), tolerance, lowering, profile)  # type: ignore[arg-type]
-    driver = _Driver(model, options, fullgraph)
-    model.plan = None  # type: ignore[assignment]
-    driver.compiled = compiled_call(model, driver.backend, fullgraph)
-    model._compiled_call_impl = driver
-    if example_inputs is not None:
-        driver.set_plan(plan_only(model, tuple(example_inputs), options))
+    inner = model.module if isinstance(model, DistributedDataParallel) else model  # gradients meet outside of the step
+    driver = _Driver(inner, options, fullgraph, {inner, model})
+    driver.compiled = compiled_call(inner, driver.backend, fullgraph)
+    inner._compiled_call_impl = driver
+    driver.set_plan(None if example_inputs is None else plan_only(inner, tuple(example_inputs), options))
     return model
 
 
 class _Driver:
     """What `model(...)` calls: the compiled model, or the plain one where compiling was not possible."""
 
-    def __init__(self, model: nn.Module, options: Options, fullgraph: bool) -> None:
+    def __init__(self, model: nn.Module, options: Options, fullgraph: bool, shown_by: Iterable[nn.Module]) -> None:
         self.model, self.options, self.fullgraph = model, options, fullgraph
+        self.shown_by = tuple(shown_by)  # whose `plan` is set
         self.compiled: Callable[..., Any] = model._call_impl
         self.plain = False
         self.replays = Replays(model, options.strategies, options.max_slowdown)  # while it is plain
@@ -94,8 +97,9 @@ class _Driver:
         self.graphs += needs_gradient(example_inputs)
         return compile_graph(gm, example_inputs, self.options, self.set_plan)
 
-    def set_plan(self, plan: Plan) -> None:
-        self.model.plan = plan  # type: ignore[assignment]
+    def set_plan(self, plan: Plan | None) -> None:
+        for model in self.shown_by:
+            model.plan = plan  # type: ignore[assignment]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.plain and self.flag_values == self._flag_values():

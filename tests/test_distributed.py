@@ -1,0 +1,57 @@
+"""Two processes with DistributedDataParallel: every process compiles for itself, and gradients are averaged as ever."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from examples import reversible
+from moonwalk_compile import moonwalk_compile
+from moonwalk_compile.measure import gradient_error, gradients
+
+PROCESSES = 2
+
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+
+
+def loss(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+def _train(rank: int, store: str, wrapped_first: bool) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
+    torch.manual_seed(0)
+    base, (x,) = reversible.build(blocks=12, half=16, hidden=32, batch=8, tokens=64)
+    batches = [torch.randn_like(x) for _ in range(PROCESSES)]
+    reference = copy.deepcopy(base)
+    sum(loss(reference, batch) for batch in batches).div(PROCESSES).backward()
+    options = {"lowering": "eager", "strategies": ("invert", "checkpoint"), "max_slowdown": 3}
+    if wrapped_first:
+        model = moonwalk_compile(DistributedDataParallel(copy.deepcopy(base)), **options)
+    else:
+        model = DistributedDataParallel(moonwalk_compile(copy.deepcopy(base), **options))
+    for _ in range(3):
+        model.zero_grad()
+        loss(model, batches[rank]).backward()
+    plan = model.plan if wrapped_first else model.module.plan
+    assert any(segment.strategy == "invert" for segment in plan.segments)
+    assert plan.peak_bytes < plan.plain_peak_bytes / 2
+    assert gradient_error(gradients(model.module), gradients(reference)) < 1e-5
+    mine = torch.cat([p.grad.flatten() for p in model.parameters()])
+    everyones = [torch.empty_like(mine) for _ in range(PROCESSES)]
+    dist.all_gather(everyones, mine)
+    assert all(mine.equal(other) for other in everyones)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrapped_first", [False, True])
+def test_gradients_are_averaged(tmp_path: Path, wrapped_first: bool) -> None:
+    mp.spawn(_train, (str(tmp_path / "store"), wrapped_first), nprocs=PROCESSES)
