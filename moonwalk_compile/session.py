@@ -39,6 +39,7 @@ from .report import Plan
 from .units import format_bytes
 
 LOST = 10  # times the tolerance: an error of a chain that is said at once
+HARDLY_ABOVE = 1.05  # of a simulated peak: what generated code may need without a budget, before it is cut up
 TRIAL = 2**30  # bytes of the operands of one operation that may be tried while planning on fake tensors
 
 Certificates = dict[tuple[str, int], Certificate]
@@ -295,7 +296,7 @@ class Session:
             verify(self.analysis, planned.schedule)
             if self.example_inputs and is_real(self.example_inputs):
                 verify_certified(planned.segments, planner.certificates)
-            peak = (self._lower(planned) if self.lower else planned.peak) + self.margin
+            peak = (self._lower(planned, limit - self.margin) if self.lower else planned.peak) + self.margin
             if peak <= limit:
                 return planned
             if self.cornered:
@@ -316,14 +317,17 @@ class Session:
         self.cornered = found is None
         return planner.smallest() if found is None else planner.tidied(found, budget, math.inf)
 
-    def _lower(self, planned: Planned) -> int:
-        """Compile both halves; return the peak of what was generated (of the simulation where that is what runs)."""
+    def _lower(self, planned: Planned, limit: float) -> int:
+        """Compile both halves; return the peak of what was generated (of the simulation where that is what runs).
+
+        Without a budget, what was simulated is the limit above which smaller pieces are tried.
+        """
         assert self.analysis is not None
         started = time.perf_counter()
-        self.forward, self.backward = self.lowerer.halves(planned.schedule, self.analysis.held)
+        limit = limit if math.isfinite(limit) else planned.peak * HARDLY_ABOVE
+        self.forward, self.backward = self.lowerer.halves(planned.schedule, self.analysis.held, limit)
         self.lowering_s += time.perf_counter() - started
-        timelines = [half.timeline for half in (self.forward, self.backward) if half.timeline is not None]
-        return max((timeline.peak for timeline in timelines), default=planned.peak)
+        return max(self.forward.peak, self.backward.peak) or planned.peak
 
 
 @contextlib.contextmanager

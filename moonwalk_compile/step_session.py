@@ -116,7 +116,7 @@ class StepSession(Session):
         lowerer.updates = self.measure.updates
         return lowerer
 
-    def _lower(self, planned: Planned) -> int:
+    def _lower(self, planned: Planned, limit: float) -> int:
         """Compile the step; return the peak of what was generated (of the simulation where that is what runs)."""
         assert self.analysis is not None and isinstance(self.lowerer, JointLowerer)
         verify_updates(self.measure.joined(self.facts, planned.schedule), self.measure.updates)

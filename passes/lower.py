@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,15 +17,17 @@ from .analysis import Analysis
 from .emit import Schedule
 from .graph import refs_in
 from .inductor import Lowered, kernels_in_background, lower
-from .liveness import Heap, Timeline
-from .pieces import Piece, cut_pieces, group_by_block, metadata
-from .program import Program
+from .liveness import Heap, Timeline, simulate
+from .pieces import Piece, cut_group, cut_pieces, group_by_block, metadata, released
+from .program import Instruction, Program
 from .reuse import written_over
 from .rewrite import to_module
 from .wrapper_memory import Workspace, no_workspace
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
+Group = Sequence[Instruction]  # of one piece
 FEW = 150  # instructions below which a program is lowered whole
+CUTS = 4  # of pieces, to bring a peak down
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,11 @@ class Half:
     call: Boxed
     timeline: Timeline | None = None
     pieces: int = 1
+
+    @property
+    def peak(self) -> int:
+        """0 if unknown."""
+        return 0 if self.timeline is None else self.timeline.peak
 
 
 def as_boxed(call: Boxed) -> Boxed:
@@ -123,23 +132,53 @@ class Lowerer:
     ) -> None:
         self.analysis, self.root, self.lowering, self.workspace = analysis, root, lowering, workspace
         self.compiled: dict[object, Lowered] = {}
+        self.too_large: set[bool] = set()  # whether the backward half, or the forward half, was when lowered whole
 
-    def halves(self, schedule: Schedule, pinned: Sequence[int]) -> tuple[Half, Half]:
+    def halves(self, schedule: Schedule, pinned: Sequence[int], limit: float) -> tuple[Half, Half]:
+        """Both halves, in pieces where their peaks would be above `limit` otherwise."""
         on_cpu = all(fake.device.type == "cpu" for fake in self.analysis.fakes.values() if isinstance(fake, Tensor))
         with kernels_in_background() if on_cpu else contextlib.nullcontext():
-            return self.half(schedule.forward, False, ()), self.half(schedule.backward, True, pinned)
+            return self.half(schedule.forward, False, (), limit), self.half(schedule.backward, True, pinned, limit)
 
-    def half(self, program: Program, is_backward: bool, pinned: Sequence[int]) -> Half:
+    def half(self, program: Program, is_backward: bool, pinned: Sequence[int], limit: float) -> Half:
+        """Whole if it is small or if its blocks hardly repeat; Inductor reorders within a piece, never across."""
         if self.lowering == "eager":
             program = written_over(self.analysis, program)
             return Half(boxed_eager(to_module(self.analysis, program, self.root, "Moonwalk")))
         groups = group_by_block(program)
+        distinct = len({piece.key for piece in cut_pieces(self.analysis, program, groups)})
+        whole = len(program.instructions) <= FEW or 2 * distinct > len(groups)
+        if whole and is_backward not in self.too_large:
+            half, _ = self._in_pieces(program, [program.instructions], is_backward, pinned)
+            if half.peak <= limit:
+                return half
+            self.too_large.add(is_backward)
+        return self._cut(program, groups, is_backward, pinned, limit)
+
+    def _cut(
+        self, program: Program, groups: Sequence[Group], is_backward: bool, pinned: Sequence[int], limit: float
+    ) -> Half:
+        """In pieces as they are, or the piece of the peak cut up until the peak is within the limit."""
+        freed = released(program, simulate(program, self.analysis.charges).during)
+        best, cuts = None, 0
+        while True:
+            half, (pieces, worst) = self._in_pieces(program, groups, is_backward, pinned)
+            best = half if best is None or half.peak < best.peak else best
+            finer = cut_group(groups, pieces, worst, freed) if cuts < CUTS and half.peak > limit else None
+            if finer is None:
+                return best
+            groups, cuts = finer, cuts + 1
+
+    def _in_pieces(
+        self, program: Program, groups: Sequence[Group], is_backward: bool, pinned: Sequence[int]
+    ) -> tuple[Half, tuple[Sequence[Piece], int]]:
+        """With the pieces, and the number of the one that has the peak."""
         pieces = cut_pieces(self.analysis, program, groups)
-        if len(program.instructions) <= FEW or 2 * len({piece.key for piece in pieces}) > len(pieces):
-            pieces = cut_pieces(self.analysis, program, [program.instructions])
         calls, lowered = self.calls(program, pieces, 0 if is_backward else len(pieces))
         timeline = replay_pieces(self.analysis, program, pieces, lowered, pinned)
-        return Half(boxed_sequence(program, calls), timeline, len({piece.key for piece in pieces}))
+        half = Half(boxed_sequence(program, calls), timeline, len({piece.key for piece in pieces}))
+        ends = list(accumulate(len(done.profile) + 1 for done in lowered))
+        return half, (pieces, bisect_right(ends, timeline.during.index(max(timeline.during))))
 
     def calls(self, program: Program, pieces: Sequence[Piece], backward: int) -> tuple[list[Call], list[Lowered]]:
         """Lower pieces, those from number `backward` on as parts of a backward pass."""

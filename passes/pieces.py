@@ -40,6 +40,42 @@ def group_by_block(program: Program) -> list[list[Instruction]]:
     return groups
 
 
+def released(program: Program, during: Sequence[int]) -> list[int]:
+    """Bytes that are freed behind each instruction; `during` is what is live while each runs."""
+    made = [sum(instruction.operation.new) for instruction in program.instructions]
+    return [now + new - then for now, then, new in zip(during, during[1:], made[1:], strict=False)] + [0]
+
+
+def cut_group(
+    groups: Sequence[Sequence[Instruction]], pieces: Sequence[Piece], number: int, freed: Sequence[int]
+) -> list[Sequence[Instruction]] | None:
+    """The groups with one of them, and all that are equal, cut behind where it frees most; None if it never does.
+
+    What a piece frees early stays alive where Inductor moves its last reader down, to fuse it with a later one.
+    """
+    group, start = groups[number], sum(map(len, groups[:number]))
+    frees = {place: freed[start + place - 1] for place in _places(group)}
+    place = max(frees, key=lambda place: frees[place], default=0)
+    if not place or frees[place] <= 0:
+        return None
+    cut: list[Sequence[Instruction]] = []
+    for each, piece in zip(groups, pieces, strict=True):
+        cut += [each[:place], each[place:]] if piece.key == pieces[number].key else [each]
+    return cut
+
+
+def _places(group: Sequence[Instruction]) -> list[int]:
+    """Where a group can be cut: what is no value of the graph, such as a tuple of results, is not handed over."""
+    last_read = {slot: place for place, instruction in enumerate(group) for slot in instruction.reads}
+    places, end = [], 0
+    for place, instruction in enumerate(group[:-1]):
+        if instruction.value is None:
+            end = max(end, last_read.get(instruction.slot, 0))
+        if place >= end:
+            places.append(place + 1)
+    return places
+
+
 def cut_pieces(analysis: Analysis, program: Program, groups: Sequence[Sequence[Instruction]]) -> list[Piece]:
     """The pieces in order; what a later piece or the result reads is handed over."""
     value_of = dict(program.inputs)

@@ -10,9 +10,10 @@ import torch
 from moonwalk_compile.passes.analysis import Analysis
 from moonwalk_compile.passes.emit import Segment, emit
 from moonwalk_compile.passes.inductor import Lowered, OutputStorage
+from moonwalk_compile.passes.liveness import simulate
 from moonwalk_compile.passes.lower import Ownership
-from moonwalk_compile.passes.pieces import Piece, cut_pieces, group_by_block
-from moonwalk_compile.passes.program import Program
+from moonwalk_compile.passes.pieces import Piece, cut_group, cut_pieces, group_by_block, released
+from moonwalk_compile.passes.program import Instruction, Program
 from moonwalk_compile.passes.solutions import Facts
 
 from .hand import Layer, chain
@@ -28,6 +29,13 @@ def pieces_of(analysis: Analysis) -> tuple[Program, list[Piece], Program, list[P
         backward,
         cut_pieces(analysis, backward, group_by_block(backward)),
     )
+
+
+def another(groups: list[list[Instruction]], number: int) -> list[list[Instruction]]:
+    """The same with another first operation in one group."""
+    first, *rest = groups[number]
+    changed = replace(first, operation=replace(first.operation, target="bmm"))
+    return [*groups[:number], [changed, *rest], *groups[number + 1 :]]
 
 
 def test_one_group_for_each_run_of_a_block():
@@ -61,9 +69,7 @@ def test_another_layout_of_an_input_has_another_key():
 def test_other_operations_have_another_key():
     analysis = chain([Layer()] * 4)
     program, pieces, _, _ = pieces_of(analysis)
-    groups = group_by_block(program)
-    first, *rest = groups[2]
-    groups[2] = [replace(first, operation=replace(first.operation, target="bmm")), *rest]
+    groups = another(group_by_block(program), 2)
     assert cut_pieces(analysis, program, groups)[2].key != pieces[1].key
     assert pieces[2].key == pieces[1].key
 
@@ -75,6 +81,48 @@ def test_other_wiring_has_another_key():
     first, *rest = groups[2]
     groups[2] = [replace(first, slots=first.slots[::-1]), *rest]
     assert cut_pieces(analysis, program, groups)[2].key != pieces[1].key
+
+
+def test_a_piece_is_cut_behind_what_frees_most():
+    analysis = chain([Layer()] * 4)
+    program, _, _, _ = pieces_of(analysis)
+    groups = another(group_by_block(program), 0)
+    groups = [[*groups[0], *groups[1]], [*groups[2], *groups[3]]]
+    pieces = cut_pieces(analysis, program, groups)
+    freed = [0, 1, 4, 0] * 2
+    finer = cut_group(groups, pieces, 1, freed)
+    assert finer is not None and [len(group) for group in finer] == [4, 3, 1]
+    assert cut_group(groups, pieces, 1, [0] * 8) is None
+    assert cut_group([group[:1] for group in groups], pieces, 1, [5, 5]) is None  # one instruction each
+
+
+def test_equal_pieces_are_cut_alike():
+    analysis = chain([Layer()] * 5)
+    program, _, _, _ = pieces_of(analysis)
+    groups = another(another(group_by_block(program), 0), 4)
+    finer = cut_group(groups, cut_pieces(analysis, program, groups), 2, [1] * len(program.instructions))
+    assert finer is not None and [len(group) for group in finer] == [2, 1, 1, 1, 1, 1, 1, 2]
+    assert len({piece.key for piece in cut_pieces(analysis, program, finer)[1:7]}) == 2
+
+
+def test_no_cut_between_a_tuple_and_its_items():
+    analysis = chain([Layer()] * 4)
+    program, pieces, _, _ = pieces_of(analysis)
+    group = list(group_by_block(program)[1])
+    group[0] = replace(group[0], value=None)
+    assert cut_group([group], pieces[:1], 0, [5, 5]) is None
+
+
+def test_what_is_freed_by_simulation():
+    analysis = chain([Layer()] * 3)
+    program, _, _, _ = pieces_of(analysis)
+    timeline = simulate(program, analysis.charges)
+    freed = released(program, timeline.during)
+    made = [sum(i.operation.new) for i in program.instructions]
+    live = timeline.during[0]
+    for now, new, before in zip(timeline.during[1:], made[1:], freed, strict=False):
+        live += new - before
+        assert live == now
 
 
 def test_pieces_hand_over_what_later_ones_read():
