@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -140,9 +140,9 @@ class _Saved:
 
 
 def _contexts(block: nn.Module) -> tuple[Any, Any]:
-    """Around the first run of a checkpointed call, and around the second."""
+    """Around the first run of a checkpointed call, and around each later one."""
     found: list[_Saved] = []
-    return _first_run(block, found), _second_run(found)
+    return _first_run(block, found), _LaterRun(found)
 
 
 @contextlib.contextmanager
@@ -153,16 +153,22 @@ def _first_run(block: nn.Module, found: list[_Saved]) -> Iterator[None]:
     found += [before for before in saved if before.changed]
 
 
-@contextlib.contextmanager
-def _second_run(found: Iterable[_Saved]) -> Iterator[None]:
-    now = [_Saved.of(before.tensor) for before in found]
-    for before in found:
-        before.put_back()
-    try:
-        yield
-    finally:
-        for after in now:
+class _LaterRun:
+    """With the buffers as the first run found them; may be entered again, as a retained graph is."""
+
+    def __init__(self, found: Sequence[_Saved]) -> None:
+        self.found = found
+        self.now: list[_Saved] = []
+
+    def __enter__(self) -> None:
+        self.now = [_Saved.of(before.tensor) for before in self.found]
+        for before in self.found:
+            before.put_back()
+
+    def __exit__(self, *error: object) -> None:
+        for after in self.now:
             after.put_back()
+        self.now = []
 
 
 # -- the rehearsal -----------------------------------------------------------------------------------------------------

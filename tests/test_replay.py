@@ -84,6 +84,22 @@ def test_running_statistics_are_updated_once():
     assert all(block.norm.num_batches_tracked == ours.blocks[0].norm.num_batches_tracked for block in ours.blocks)
 
 
+def test_a_retained_graph():
+    torch.manual_seed(0)
+    base, x = Stack(lambda: Wide(norm=True, dropout=0.2)), torch.randn(512, 8)
+    ours, plain, gradients = moonwalk_compile(copy.deepcopy(base), lowering="eager"), copy.deepcopy(base), []
+    for model in (ours, plain):
+        torch.manual_seed(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = loss(model, x)
+        value.backward(retain_graph=True)
+        value.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(mine.equal(theirs) for mine, theirs in zip(*gradients, strict=True))
+    assert all(mine.equal(theirs) for mine, theirs in zip(ours.buffers(), plain.buffers(), strict=True))
+
+
 def test_dropout_is_drawn_once():
     check(Stack(lambda: Wide(dropout=0.3)), again=8)
 
