@@ -40,6 +40,8 @@ from .units import format_bytes
 
 LOST = 10  # times the tolerance: an error of a chain that is said at once
 HARDLY_ABOVE = 1.05  # of a simulated peak: what generated code may need without a budget, before it is cut up
+ROOM = 0.04  # part of a budget that is worth another compilation, if generated code leaves it unused
+MORE = 2  # such compilations
 TRIAL = 2**30  # bytes of the operands of one operation that may be tried while planning on fake tensors
 
 Certificates = dict[tuple[str, int], Certificate]
@@ -286,23 +288,35 @@ class Session:
     def _settle(self, planner: Planner, plain: Planned, rounds: int = 5) -> Planned:
         """A plan that fits as lowered: where the generated code needs more than the budget, take that off and retry.
 
-        Raises BudgetError when even the smallest plan does not fit.
+        Where it needs clearly less, what is left is put on, `MORE` times at most. Raises BudgetError when even the
+        smallest plan does not fit.
         """
         limit = math.inf if self.options.budget is None else self.options.budget.resolve(plain.peak)
-        less, peak = self.margin, 0
+        less, peak, settled = self.margin, 0, None
         for attempt in range(rounds):
-            planned = self._certified(planner, plain, less if attempt < rounds - 1 else int(limit))
+            last = attempt == rounds - 1 and settled is None
+            planned = self._certified(planner, plain, int(limit) if last else less)
             assert self.analysis is not None
             verify(self.analysis, planned.schedule)
             if self.example_inputs and is_real(self.example_inputs):
                 verify_certified(planned.segments, planner.certificates)
             peak = (self._lower(planned, limit - self.margin) if self.lower else planned.peak) + self.margin
             if peak <= limit:
-                return planned
-            if self.cornered:
+                settled = planned, self.forward, self.backward
+                if attempt >= MORE or planned is planner.loose or not self._leaves_room(peak, limit):
+                    break
+            elif settled is not None or self.cornered:
                 break
             less += peak - int(limit)
-        raise BudgetError(int(limit), peak, pinned_tensors(planner, planned))
+        if settled is None:
+            raise BudgetError(int(limit), peak, pinned_tensors(planner, planned))
+        planned, self.forward, self.backward = settled
+        return planned
+
+    def _leaves_room(self, peak: int, limit: float) -> bool:
+        """Whether generated code needs so much less than was simulated that another plan may use it."""
+        generated = self.backward is not None and self.backward.timeline is not None
+        return generated and ROOM * limit < limit - peak < math.inf
 
     def _choose(self, planner: Planner, plain: Planned, less: int) -> Planned:
         """The plan as simulated; `less` bytes are taken off the budget. What cannot be met gets the smallest plan."""

@@ -302,9 +302,13 @@ class Planner:
         return replace(measure(facts, segments, emit(facts, segments), 0.0), packed=False)
 
     def within(self, budget: float, rounds: int = 8) -> Planned | None:
-        """The fastest plan whose *simulated* peak is within `budget`; the modelled budget is moved to get there."""
+        """The fastest plan whose *simulated* peak is within `budget`; the modelled budget is moved to get there.
+
+        By what is left or lacking, and by halves between one that was low enough and one that was too high.
+        """
         best: Planned | None = None
-        target, tried = float(budget), set()
+        target, enough, short, push = float(budget), 0.0, math.inf, 1
+        found: dict[object, Planned] = {}
         for _ in range(rounds):
             moves = self.fastest(target)
             if moves is None:
@@ -313,14 +317,19 @@ class Planner:
                 target *= 1.04
                 continue
             key = tuple((move.segment, move.pieces) for move in moves)
-            planned = self.realise(moves)
+            push = 2 * push if key in found else 1  # the same plan again: further away
+            planned = found[key] = found.get(key) or self.realise(moves)
             slack = budget - planned.peak
-            if slack >= 0 and (best is None or planned.seconds < best.seconds):
-                best = planned
-            if key in tried or 0 <= slack < CLOSE * budget:
+            if slack >= 0:
+                best = planned if best is None or planned.seconds < best.seconds else best
+                enough = max(enough, target)
+            else:
+                short = min(short, target)
+            if 0 <= slack < CLOSE * budget or short - enough < CLOSE * budget:
                 break
-            tried.add(key)
-            target += slack if slack < 0 else max(slack, 0.01 * budget)
+            target += push * (slack if slack < 0 else max(slack, 0.01 * budget))
+            if not enough < target < short:
+                target = (enough + short) / 2
         return best
 
     def smallest(self) -> Planned:

@@ -46,6 +46,19 @@ def test_gradients_are_exact_and_the_budget_holds(name: str, part: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+def test_a_plan_uses_its_budget() -> None:
+    """Where skips are long, a plan needs more than the dynamic program thinks: the budget is closed in upon."""
+    planner = fake_session(lambda: build("unet", "full"), Options(lowering="inductor"), "cpu").planner
+    slowest = 0.0
+    for part in (0.9, 0.8, 0.7, 0.6, 0.55, 0.545, 0.5):
+        budget = part * planner.plain.peak
+        planned = planner.within(budget)
+        assert planned is not None and 0.85 * budget < planned.peak <= budget
+        slowest = max(slowest, planned.seconds)
+        assert planned.seconds > 0.97 * slowest
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_inductor_reaches_what_eager_reaches() -> None:
     """Compiled whole it would need 40% more: it moves operations around, and fuses what was planned apart."""
     model, inputs = build("convnext", "small")
