@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from .inductor import Lowered, MemoryEvent, kernels_in_background
 from .joint import Updates
 from .liveness import Timeline
-from .lower import FEW, Half, Lowerer, Side, boxed_sequence, replay_pieces
+from .lower import FEW, Half, Lowerer, boxed_sequence, replay_pieces
 from .pieces import Piece, cut_pieces, group_by_block
 from .program import Instruction, Program
 
@@ -29,7 +29,7 @@ class JointLowerer(Lowerer):
         fakes = (fake for fake in self.analysis.fakes.values() if isinstance(fake, Tensor))
         on_cpu = all(fake.device.type == "cpu" for fake in fakes)
         with kernels_in_background() if on_cpu else contextlib.nullcontext():
-            calls, lowered, _ = self.calls(program, pieces, len(first), Side())
+            calls, lowered = self.calls(program, pieces, len(first))
         whole = replay_pieces(self.analysis, program, pieces, lowered, ())
         border = len(replay_pieces(self.analysis, program, pieces[: len(first)], lowered[: len(first)], ()).during)
         distinct = len({piece.key for piece in pieces})
@@ -45,11 +45,11 @@ class JointLowerer(Lowerer):
             groups += [[i] for i in run if self.updates.is_update(i.operation)]
         return groups
 
-    def _compile(self, piece: Piece, *settings: Any) -> Lowered:
+    def _compile(self, piece: Piece, is_backward: bool, fakes: Mapping[int, Any], donated: tuple[int, ...]) -> Lowered:
         first = piece.program.instructions[0]
         if self.updates.is_update(first.operation):
             return self._update(first)
-        return super()._compile(piece, *settings)
+        return super()._compile(piece, is_backward, fakes, donated)
 
     def _update(self, instruction: Instruction) -> Lowered:
         number = instruction.operation.args[0]

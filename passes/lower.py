@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -23,7 +22,6 @@ from .pieces import Piece, cut_group, cut_pieces, group_by_block, metadata, rele
 from .program import Instruction, Program
 from .reuse import written_over
 from .rewrite import to_module
-from .trace import storage_bytes
 from .wrapper_memory import Workspace, no_workspace
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
@@ -39,27 +37,11 @@ class Half:
     call: Boxed
     timeline: Timeline | None = None
     pieces: int = 1
-    results: tuple[Any, ...] = ()  # fakes of what it returns, constants left out
 
     @property
     def peak(self) -> int:
         """0 if unknown."""
         return 0 if self.timeline is None else self.timeline.peak
-
-
-@dataclass(frozen=True)
-class Side:
-    """How a half is lowered: the peak that it should have at most, and what it meets outside.
-
-    `pinned` values stay alive throughout; `given` are inputs, by value, that do not have the strides of the graph. The
-    outputs in the slots `shown` must have those (None: all of them).
-    """
-
-    limit: float = math.inf
-    is_backward: bool = False
-    pinned: tuple[int, ...] = ()
-    given: Mapping[int, Any] = field(default_factory=dict)
-    shown: frozenset[int] | None = None
 
 
 def as_boxed(call: Boxed) -> Boxed:
@@ -150,112 +132,79 @@ class Lowerer:
     ) -> None:
         self.analysis, self.root, self.lowering, self.workspace = analysis, root, lowering, workspace
         self.compiled: dict[object, Lowered] = {}
-        self.free = _images(analysis)
         self.too_large: set[bool] = set()  # whether the backward half, or the forward half, was when lowered whole
 
     def halves(self, schedule: Schedule, pinned: Sequence[int], limit: float) -> tuple[Half, Half]:
         """Both halves, in pieces where their peaks would be above `limit` otherwise."""
-        if self.lowering == "eager":
-            return self._eager(schedule.forward), self._eager(schedule.backward)
         on_cpu = all(fake.device.type == "cpu" for fake in self.analysis.fakes.values() if isinstance(fake, Tensor))
         with kernels_in_background() if on_cpu else contextlib.nullcontext():
-            if self.free:
-                try:
-                    return self._halves(schedule, pinned, limit)
-                except (RuntimeError, ValueError):  # a view that those strides do not allow
-                    self.free = frozenset()
-            return self._halves(schedule, pinned, limit)
+            return self.half(schedule.forward, False, (), limit), self.half(schedule.backward, True, pinned, limit)
 
-    def _halves(self, schedule: Schedule, pinned: Sequence[int], limit: float) -> tuple[Half, Half]:
-        program, kept = schedule.forward, schedule.kept
-        shown = frozenset(ref.slot for ref in refs_in(program.outputs[: len(program.outputs) - len(kept)]))
-        forward = self.half(program, Side(limit, shown=shown))
-        given = dict(zip(kept, forward.results[len(forward.results) - len(kept) :], strict=True))
-        if any(storage_bytes(fake) != storage_bytes(self.analysis.fakes[value]) for value, fake in given.items()):
-            raise ValueError("padded strides: more would be kept than was planned")
-        return forward, self.half(schedule.backward, Side(limit, True, tuple(pinned), given))
-
-    def _eager(self, program: Program) -> Half:
-        program = written_over(self.analysis, program)
-        return Half(boxed_eager(to_module(self.analysis, program, self.root, "Moonwalk")))
-
-    def half(self, program: Program, side: Side) -> Half:
+    def half(self, program: Program, is_backward: bool, pinned: Sequence[int], limit: float) -> Half:
         """Whole if it is small or if its blocks hardly repeat; Inductor reorders within a piece, never across."""
+        if self.lowering == "eager":
+            program = written_over(self.analysis, program)
+            return Half(boxed_eager(to_module(self.analysis, program, self.root, "Moonwalk")))
         groups = group_by_block(program)
         distinct = len({piece.key for piece in cut_pieces(self.analysis, program, groups)})
         whole = len(program.instructions) <= FEW or 2 * distinct > len(groups)
-        if whole and side.is_backward not in self.too_large:
-            half, _ = self._in_pieces(program, [program.instructions], side)
-            if half.peak <= side.limit:
+        if whole and is_backward not in self.too_large:
+            half, _ = self._in_pieces(program, [program.instructions], is_backward, pinned)
+            if half.peak <= limit:
                 return half
-            self.too_large.add(side.is_backward)
-        return self._cut(program, groups, side)
+            self.too_large.add(is_backward)
+        return self._cut(program, groups, is_backward, pinned, limit)
 
-    def _cut(self, program: Program, groups: Sequence[Group], side: Side) -> Half:
+    def _cut(
+        self, program: Program, groups: Sequence[Group], is_backward: bool, pinned: Sequence[int], limit: float
+    ) -> Half:
         """In pieces as they are, or the piece of the peak cut up until the peak is within the limit."""
         freed = released(program, simulate(program, self.analysis.charges).during)
         best, cuts = None, 0
         while True:
-            half, (pieces, worst) = self._in_pieces(program, groups, side)
+            half, (pieces, worst) = self._in_pieces(program, groups, is_backward, pinned)
             best = half if best is None or half.peak < best.peak else best
-            finer = cut_group(groups, pieces, worst, freed) if cuts < CUTS and half.peak > side.limit else None
+            finer = cut_group(groups, pieces, worst, freed) if cuts < CUTS and half.peak > limit else None
             if finer is None:
                 return best
             groups, cuts = finer, cuts + 1
 
     def _in_pieces(
-        self, program: Program, groups: Sequence[Group], side: Side
+        self, program: Program, groups: Sequence[Group], is_backward: bool, pinned: Sequence[int]
     ) -> tuple[Half, tuple[Sequence[Piece], int]]:
         """With the pieces, and the number of the one that has the peak."""
         pieces = cut_pieces(self.analysis, program, groups)
-        calls, lowered, fakes = self.calls(program, pieces, 0 if side.is_backward else len(pieces), side)
-        timeline = replay_pieces(self.analysis, program, pieces, lowered, side.pinned)
-        distinct, results = len({piece.key for piece in pieces}), tuple(fakes[r.slot] for r in refs_in(program.outputs))
-        half = Half(boxed_sequence(program, calls), timeline, distinct, results)
+        calls, lowered = self.calls(program, pieces, 0 if is_backward else len(pieces))
+        timeline = replay_pieces(self.analysis, program, pieces, lowered, pinned)
+        half = Half(boxed_sequence(program, calls), timeline, len({piece.key for piece in pieces}))
         ends = list(accumulate(len(done.profile) + 1 for done in lowered))
         return half, (pieces, bisect_right(ends, timeline.during.index(max(timeline.during))))
 
-    def calls(
-        self, program: Program, pieces: Sequence[Piece], backward: int, side: Side
-    ) -> tuple[list[Call], list[Lowered], dict[int, Any]]:
-        """Lower pieces, those from number `backward` on as parts of a backward pass; and what each slot will be."""
+    def calls(self, program: Program, pieces: Sequence[Piece], backward: int) -> tuple[list[Call], list[Lowered]]:
+        """Lower pieces, those from number `backward` on as parts of a backward pass."""
         calls, lowered = [], []
-        fakes = {slot: side.given.get(value, self.analysis.fakes[value]) for slot, value in program.inputs}
-        shown = {ref.slot for ref in refs_in(program.outputs)} if side.shown is None else side.shown
+        fakes = {slot: self.analysis.fakes[value] for slot, value in program.inputs}
         ownership = Ownership()
         for number, piece in enumerate(pieces):
             is_backward = number >= backward
             donated = ownership.owned(piece, fakes) if is_backward else ()
-            value_of = {i.slot: i.value for i in piece.program.instructions}
-            exact = [slot in shown or value_of.get(slot) not in self.free for slot in piece.results]
-            done = self._compile(piece, is_backward, fakes, donated, exact)
+            done = self._compile(piece, is_backward, fakes, donated)
             lowered.append(done)
             fakes.update(self._results(piece, done))
             ownership.update(number, piece, done)
             dying = tuple(piece.arguments[place] for place in piece.dying)
             calls.append(Call(done.call, piece.arguments, dying, piece.results))
-        return calls, lowered, fakes
+        return calls, lowered
 
-    def _compile(
-        self,
-        piece: Piece,
-        is_backward: bool,
-        fakes: Mapping[int, Any],
-        donated: tuple[int, ...],
-        exact: Sequence[bool],
-    ) -> Lowered:
+    def _compile(self, piece: Piece, is_backward: bool, fakes: Mapping[int, Any], donated: tuple[int, ...]) -> Lowered:
         arguments = {slot: fakes[slot] for slot in piece.arguments}
         roles = [self.analysis.graph.values[value].role for _, value in piece.program.inputs]
-        key = (is_backward, piece.key, tuple(map(metadata, arguments.values())), tuple(roles), donated, tuple(exact))
+        key = (is_backward, piece.key, tuple(map(metadata, arguments.values())), tuple(roles), donated)
         if key not in self.compiled:
             module = to_module(self.analysis, piece.program, self.root, "MoonwalkPiece", arguments)
+            static = [place for place, role in enumerate(roles) if role in ("parameter", "buffer")]
             self.compiled[key] = lower(
-                module,
-                is_backward=is_backward,
-                static_inputs=[place for place, role in enumerate(roles) if role in ("parameter", "buffer")],
-                donated=donated,
-                exact_strides=[place for place, is_exact in enumerate(exact) if is_exact],
-                workspace=self.workspace,
+                module, is_backward=is_backward, static_inputs=static, donated=donated, workspace=self.workspace
             )
         return self.compiled[key]
 
@@ -272,18 +221,6 @@ class Lowerer:
                     fake = torch.empty_strided(fake.shape, output.stride, dtype=fake.dtype, device=fake.device)
             found[slot] = fake
         return found
-
-
-def _images(analysis: Analysis) -> frozenset[int]:
-    """What convolutions read and write, where there are no views of it.
-
-    Between pieces it has the strides that Inductor chooses: channels last on a CPU, and copies are saved.
-    """
-    values = analysis.graph.values
-    names = Counter(value.storage for value in values)
-    edges = [edge for edge in analysis.graph.edges if edge.label in ("convolution", "convolution_backward")]
-    found = {value for edge in edges for value in (*edge.needs, *edge.gives)}
-    return frozenset(v for v in found if values[v].role == "computed" and names[values[v].storage] == 1)
 
 
 def replay_pieces(

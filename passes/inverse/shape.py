@@ -106,6 +106,15 @@ def _narrow(y: Tensor, dims: Sequence[int], starts: Sequence[int], sizes: Sequen
     return y
 
 
+def repeat(call: Call) -> Iterator[Recipe]:
+    """The first copy."""
+    source, times = _source(call), call.args[1]
+    sizes = list(source.shape)
+    if all(times):
+        new = len(times) - len(sizes)
+        yield from _first(call, lambda y: _narrow(y[(0,) * new], range(len(sizes)), [0] * len(sizes), sizes))
+
+
 def slice_backward(call: Call) -> Iterator[Recipe]:
     """The gradient of a slice is that slice, in zeros."""
     _, _, dim, start, end, step = call.args
@@ -171,6 +180,7 @@ RULES: dict[str, Rule] = {
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_unshuffle,
     "constant_pad_nd": constant_pad_nd,
+    "repeat": repeat,
     "slice_backward": slice_backward,
     "select_backward": select_backward,
     "cat": cat,
