@@ -39,7 +39,6 @@ from .report import Plan
 from .units import format_bytes
 
 LOST = 10  # times the tolerance: an error of a chain that is said at once
-HARDLY_ABOVE = 1.05  # of a simulated peak: what generated code may need without a budget, before it is cut up
 ROOM = 0.04  # part of a budget that is worth another compilation, if generated code leaves it unused
 MORE = 2  # such compilations
 TRIAL = 2**30  # bytes of the operands of one operation that may be tried while planning on fake tensors
@@ -332,13 +331,9 @@ class Session:
         return planner.smallest() if found is None else planner.tidied(found, budget, math.inf)
 
     def _lower(self, planned: Planned, limit: float) -> int:
-        """Compile both halves; return the peak of what was generated (of the simulation where that is what runs).
-
-        Without a budget, what was simulated is the limit above which smaller pieces are tried.
-        """
+        """Compile both halves; return the peak of what was generated (of the simulation where that is what runs)."""
         assert self.analysis is not None
         started = time.perf_counter()
-        limit = limit if math.isfinite(limit) else planned.peak * HARDLY_ABOVE
         self.forward, self.backward = self.lowerer.halves(planned.schedule, self.analysis.held, limit)
         self.lowering_s += time.perf_counter() - started
         return max(self.forward.peak, self.backward.peak) or planned.peak
