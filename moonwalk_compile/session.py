@@ -27,7 +27,7 @@ from .passes.drift import Drift
 from .passes.emit import Segment
 from .passes.graph import Role
 from .passes.inverse.constants import Constants, computed, is_candidate
-from .passes.lower import Boxed, Half, Lowerer, as_boxed
+from .passes.lower import Aim, Boxed, Half, Lowerer, as_boxed
 from .passes.plan import NoPlan, Planned, Planner
 from .passes.rewrite import to_halves
 from .passes.solutions import Facts
@@ -39,6 +39,7 @@ from .report import Plan
 from .units import format_bytes
 
 LOST = 10  # times the tolerance: an error of a chain that is said at once
+CUTS = 4  # of pieces of the smallest plan, to bring its peak down; each takes fusion, and so time, away
 ROOM = 0.04  # part of a budget that is worth another compilation, if generated code leaves it unused
 MORE = 2  # such compilations
 TRIAL = 2**30  # bytes of the operands of one operation that may be tried while planning on fake tensors
@@ -334,7 +335,8 @@ class Session:
         """Compile both halves; return the peak of what was generated (of the simulation where that is what runs)."""
         assert self.analysis is not None
         started = time.perf_counter()
-        self.forward, self.backward = self.lowerer.halves(planned.schedule, self.analysis.held, limit)
+        aim = Aim(limit, CUTS if self.cornered else 0)
+        self.forward, self.backward = self.lowerer.halves(planned.schedule, self.analysis.held, aim)
         self.lowering_s += time.perf_counter() - started
         return max(self.forward.peak, self.backward.peak) or planned.peak
 

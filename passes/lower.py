@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,6 @@ from .wrapper_memory import Workspace, no_workspace
 Boxed = Callable[[list[Any]], Sequence[Any]]
 Group = Sequence[Instruction]  # of one piece
 FEW = 150  # instructions below which a program is lowered whole
-CUTS = 4  # of pieces, to bring a peak down
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,14 @@ class Half:
     def peak(self) -> int:
         """0 if unknown."""
         return 0 if self.timeline is None else self.timeline.peak
+
+
+@dataclass(frozen=True)
+class Aim:
+    """The peak above which a half is not lowered whole, and how often its pieces may be cut to get below it."""
+
+    limit: float = math.inf
+    cuts: int = 0
 
 
 def as_boxed(call: Boxed) -> Boxed:
@@ -134,13 +142,12 @@ class Lowerer:
         self.compiled: dict[object, Lowered] = {}
         self.too_large: set[bool] = set()  # whether the backward half, or the forward half, was when lowered whole
 
-    def halves(self, schedule: Schedule, pinned: Sequence[int], limit: float) -> tuple[Half, Half]:
-        """Both halves, in pieces where their peaks would be above `limit` otherwise."""
+    def halves(self, schedule: Schedule, pinned: Sequence[int], aim: Aim) -> tuple[Half, Half]:
         on_cpu = all(fake.device.type == "cpu" for fake in self.analysis.fakes.values() if isinstance(fake, Tensor))
         with kernels_in_background() if on_cpu else contextlib.nullcontext():
-            return self.half(schedule.forward, False, (), limit), self.half(schedule.backward, True, pinned, limit)
+            return self.half(schedule.forward, False, (), aim), self.half(schedule.backward, True, pinned, aim)
 
-    def half(self, program: Program, is_backward: bool, pinned: Sequence[int], limit: float) -> Half:
+    def half(self, program: Program, is_backward: bool, pinned: Sequence[int], aim: Aim) -> Half:
         """Whole if it is small or if its blocks hardly repeat; Inductor reorders within a piece, never across."""
         if self.lowering == "eager":
             program = written_over(self.analysis, program)
@@ -150,13 +157,13 @@ class Lowerer:
         whole = len(program.instructions) <= FEW or 2 * distinct > len(groups)
         if whole and is_backward not in self.too_large:
             half, _ = self._in_pieces(program, [program.instructions], is_backward, pinned)
-            if half.peak <= limit:
+            if half.peak <= aim.limit:
                 return half
             self.too_large.add(is_backward)
-        return self._cut(program, groups, is_backward, pinned, limit)
+        return self._cut(program, groups, is_backward, pinned, aim)
 
     def _cut(
-        self, program: Program, groups: Sequence[Group], is_backward: bool, pinned: Sequence[int], limit: float
+        self, program: Program, groups: Sequence[Group], is_backward: bool, pinned: Sequence[int], aim: Aim
     ) -> Half:
         """In pieces as they are, or the piece of the peak cut up until the peak is within the limit."""
         freed = released(program, simulate(program, self.analysis.charges).during)
@@ -164,7 +171,7 @@ class Lowerer:
         while True:
             half, (pieces, worst) = self._in_pieces(program, groups, is_backward, pinned)
             best = half if best is None or half.peak < best.peak else best
-            finer = cut_group(groups, pieces, worst, freed) if cuts < CUTS and half.peak > limit else None
+            finer = cut_group(groups, pieces, worst, freed) if cuts < aim.cuts and half.peak > aim.limit else None
             if finer is None:
                 return best
             groups, cuts = finer, cuts + 1
