@@ -35,10 +35,13 @@ class Replays:
     """The repeated modules of a model, and what is known of their methods."""
 
     def __init__(self, model: nn.Module, strategies: Sequence[str], max_slowdown: float) -> None:
-        allowed = "checkpoint" in strategies and max_slowdown >= RECOMPUTED
-        self.blocks = repeated_blocks(model) if allowed else []
+        self.model, self.allowed = model, "checkpoint" in strategies and max_slowdown >= RECOMPUTED
         self.rehearsed: dict[tuple[nn.Module, str, bool], bool] = {}  # whether a method may be computed again
         self.inside = False  # calls from within such a method run as they are
+
+    @functools.cached_property
+    def blocks(self) -> list[nn.Module]:
+        return repeated_blocks(self.model) if self.allowed else []
 
     @property
     def note(self) -> str:

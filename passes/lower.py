@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,6 @@ from .rewrite import to_module
 from .wrapper_memory import Workspace, no_workspace
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
-Group = Sequence[Instruction]  # of one piece
 FEW = 150  # instructions below which a program is lowered whole
 
 
@@ -48,8 +46,8 @@ class Half:
 class Aim:
     """The peak above which a half is not lowered whole, and how often its pieces may be cut to get below it."""
 
-    limit: float = math.inf
-    cuts: int = 0
+    limit: float
+    cuts: int
 
 
 def as_boxed(call: Boxed) -> Boxed:
@@ -148,44 +146,46 @@ class Lowerer:
             return self.half(schedule.forward, False, (), aim), self.half(schedule.backward, True, pinned, aim)
 
     def half(self, program: Program, is_backward: bool, pinned: Sequence[int], aim: Aim) -> Half:
-        """Whole if it is small or if its blocks hardly repeat; Inductor reorders within a piece, never across."""
+        """Whole if it is small or if its blocks hardly repeat, and fits; or block by block, or these cut up.
+
+        Inductor reorders within a piece, never across.
+        """
         if self.lowering == "eager":
             program = written_over(self.analysis, program)
             return Half(boxed_eager(to_module(self.analysis, program, self.root, "Moonwalk")))
-        groups = group_by_block(program)
-        distinct = len({piece.key for piece in cut_pieces(self.analysis, program, groups)})
-        whole = len(program.instructions) <= FEW or 2 * distinct > len(groups)
+        groups: Sequence[Sequence[Instruction]] = group_by_block(program)
+        pieces = cut_pieces(self.analysis, program, groups)
+        whole = len(program.instructions) <= FEW or 2 * len({piece.key for piece in pieces}) > len(pieces)
         if whole and is_backward not in self.too_large:
-            half, _ = self._in_pieces(program, [program.instructions], is_backward, pinned)
+            one = cut_pieces(self.analysis, program, [program.instructions])
+            half, _ = self._in_pieces(program, one, is_backward, pinned)
             if half.peak <= aim.limit:
                 return half
             self.too_large.add(is_backward)
-        return self._cut(program, groups, is_backward, pinned, aim)
-
-    def _cut(
-        self, program: Program, groups: Sequence[Group], is_backward: bool, pinned: Sequence[int], aim: Aim
-    ) -> Half:
-        """In pieces as they are, or the piece of the peak cut up until the peak is within the limit."""
+        best, worst = self._in_pieces(program, pieces, is_backward, pinned)
+        if best.peak <= aim.limit or not aim.cuts:
+            return best
         freed = released(program, simulate(program, self.analysis.charges).during)
-        best, cuts = None, 0
-        while True:
-            half, (pieces, worst) = self._in_pieces(program, groups, is_backward, pinned)
-            best = half if best is None or half.peak < best.peak else best
-            finer = cut_group(groups, pieces, worst, freed) if cuts < aim.cuts and half.peak > aim.limit else None
+        for _ in range(aim.cuts):
+            finer = cut_group(groups, pieces, worst, freed)
             if finer is None:
-                return best
-            groups, cuts = finer, cuts + 1
+                break
+            groups, pieces = finer, cut_pieces(self.analysis, program, finer)
+            half, worst = self._in_pieces(program, pieces, is_backward, pinned)
+            best = min(best, half, key=lambda half: half.peak)
+            if half.peak <= aim.limit:
+                break
+        return best
 
     def _in_pieces(
-        self, program: Program, groups: Sequence[Group], is_backward: bool, pinned: Sequence[int]
-    ) -> tuple[Half, tuple[Sequence[Piece], int]]:
-        """With the pieces, and the number of the one that has the peak."""
-        pieces = cut_pieces(self.analysis, program, groups)
+        self, program: Program, pieces: Sequence[Piece], is_backward: bool, pinned: Sequence[int]
+    ) -> tuple[Half, int]:
+        """With the number of the piece that has the peak."""
         calls, lowered = self.calls(program, pieces, 0 if is_backward else len(pieces))
         timeline = replay_pieces(self.analysis, program, pieces, lowered, pinned)
         half = Half(boxed_sequence(program, calls), timeline, len({piece.key for piece in pieces}))
         ends = list(accumulate(len(done.profile) + 1 for done in lowered))
-        return half, (pieces, bisect_right(ends, timeline.during.index(max(timeline.during))))
+        return half, bisect_right(ends, timeline.during.index(max(timeline.during)))
 
     def calls(self, program: Program, pieces: Sequence[Piece], backward: int) -> tuple[list[Call], list[Lowered]]:
         """Lower pieces, those from number `backward` on as parts of a backward pass."""

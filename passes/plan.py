@@ -183,9 +183,12 @@ class Planner:
 
     # -- dynamic programming ----------------------------------------------------------------------------------------
 
-    def fastest(self, budget: float) -> list[Move] | None:
-        """The fastest chain of moves whose modelled peak is within `budget` bytes, or None."""
-        fronts = self._fronts(budget)
+    def fastest(self, budget: float, states: int = FRONT) -> list[Move] | None:
+        """The fastest chain of moves whose modelled peak is within `budget` bytes, or None.
+
+        With one of the `states` kept at each border, one that keeps least instead.
+        """
+        fronts = self._fronts(budget, states)
         usable = self._usable(fronts[-1])
         if not np.isfinite(usable).any():
             return None
@@ -336,9 +339,7 @@ class Planner:
         """The plan of the smallest simulated peak that the family reaches, up to a sliver."""
         target = self._lowest(self.reachable)
         chains = [self.fastest(target * scale) for scale in (1.0, 1.01, 1.03, 1.06)]
-        fronts = self._fronts(target, states=1)
-        if np.isfinite(self._usable(fronts[-1])).any():
-            chains.append(self._trace(fronts, int(np.argmin(self._usable(fronts[-1])))))  # hardly a matter of times
+        chains.append(self.fastest(target, states=1))  # hardly a matter of times
         found = [self.realise(moves) for moves in chains if moves]
         if not found:
             raise NoPlan(", ".join(self.strategies))
