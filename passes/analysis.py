@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .bits import pack_bits, strict_sign, take_marked, unpack_two
+from .bits import pack_bits, pack_signs, strict_sign, take_marked, unpack_signs, unpack_two
 from .blocks import Block, find_blocks
 from .capture import Capture
 from .cost import Device, edge_seconds
@@ -171,6 +171,19 @@ class _Packer:
             return None
         return Pack(value, encode.gives[0], encode, decode)
 
+    def signs(self, value: int) -> Pack | None:
+        """A sign, exact also at zero: two bits per element."""
+        fake, source = self.capture.fake(value), self.capture.graph.definition[value].needs[0]
+        read = self.capture.fake(source)
+        if not (fake.is_floating_point() and fake.is_contiguous() and read.is_contiguous()):
+            return None
+        shape, dtype = tuple(fake.shape), fake.dtype
+        encode, bits = self.edge("signs", lambda v: pack_signs(v), source, read, None, "bits")
+        decode, _ = self.edge(
+            ("signed", shape, dtype), lambda p: unpack_signs(p, shape, dtype), encode.gives[0], bits, value, "unpacked"
+        )
+        return Pack(value, encode.gives[0], encode, decode)
+
     def copy(self, value: int) -> Pack:
         fake = self.capture.fake(value)
         encode, copied = self.edge("copy", lambda v: v.clone(), value, fake, None, "copy")
@@ -228,7 +241,10 @@ def _exact_packs(packer: _Packer, graph: Graph, blocks: Iterable[Block]) -> dict
     for value in sorted(wanted):
         edge = graph.definition[value]
         packing = packing_of_value(make_call(packer.capture, edge), edge.gives.index(value))
-        if packing is not None and packing.exact and (pack := packer.pack(value, packing, exact=True)) is not None:
+        if packing is None:
+            continue
+        pack = packer.pack(value, packing, exact=True) if packing.exact else packer.signs(value)
+        if pack is not None:
             packs[value] = pack
     return packs
 

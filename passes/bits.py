@@ -18,6 +18,8 @@ from torch.library import Library, register_fake
 
 _library = Library("moonwalk_compile", "DEF")
 _library.define("pack_bits(Tensor source, float low=0., float? high=None) -> Tensor")
+_library.define("pack_signs(Tensor source) -> Tensor")
+_library.define("unpack_signs(Tensor packed, SymInt[] size, ScalarType dtype) -> Tensor")
 _library.define("strict_sign(Tensor source) -> Tensor")
 _library.define("take_marked(Tensor source, Tensor marks, float expected) -> Tensor")
 _library.define("put_marked(Tensor target, Tensor marks, Tensor taken) -> Tensor")
@@ -77,6 +79,20 @@ def _unpack(packed: Tensor, size: Sequence[int], high: float, low: float, dtype:
     return rows.view(-1)[: math.prod(size)].view(list(size))
 
 
+def _pack_signs(source: Tensor) -> Tensor:
+    """Two bits per element: which are above zero, then which are below."""
+    return torch.cat([_pack(source), _pack(-source)])
+
+
+def _unpack_signs(packed: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    above, below = packed.chunk(2)
+    signs = _unpack(above, size, 1.0, 0.0, dtype)
+    step = CACHED if packed.device.type == "cpu" else max(8 * len(below), 8)
+    for part, bits in zip(signs.view(-1).split(step), below.split(step // 8), strict=True):
+        part.sub_(_unpack(bits, [part.numel()], 1.0, 0.0, dtype))
+    return signs
+
+
 def _pieces(marks: Tensor, count: int) -> Iterator[tuple[slice, Tensor]]:
     """Which elements are marked, piece by piece: on a CPU, indexing by a mask takes 8 bytes per chosen element."""
     size = PIECE if marks.device.type == "cpu" else max(count, 1)
@@ -117,6 +133,8 @@ def _strict_sign(source: Tensor) -> Tensor:
 
 
 _library.impl("strict_sign", _strict_sign, "CompositeExplicitAutograd")
+_library.impl("pack_signs", _pack_signs, "CompositeExplicitAutograd")
+_library.impl("unpack_signs", _unpack_signs, "CompositeExplicitAutograd")
 _library.impl("pack_bits", _pack, "CompositeExplicitAutograd")
 _library.impl("unpack_two", _unpack, "CompositeExplicitAutograd")
 _library.impl("take_marked", _take_marked, "CompositeExplicitAutograd")
@@ -126,6 +144,16 @@ _library.impl("put_marked", _put_marked, "CompositeExplicitAutograd")
 @register_fake("moonwalk_compile::pack_bits")
 def _pack_fake(source: Tensor, low: float = 0.0, high: float | None = None) -> Tensor:
     return source.new_empty((source.numel() + 7) // 8, dtype=torch.uint8)
+
+
+@register_fake("moonwalk_compile::pack_signs")
+def _pack_signs_fake(source: Tensor) -> Tensor:
+    return source.new_empty((source.numel() + 7) // 8 * 2, dtype=torch.uint8)
+
+
+@register_fake("moonwalk_compile::unpack_signs")
+def _unpack_signs_fake(packed: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return packed.new_empty(list(size), dtype=dtype)
 
 
 @register_fake("moonwalk_compile::strict_sign")
@@ -149,6 +177,8 @@ def _put_fake(target: Tensor, marks: Tensor, taken: Tensor) -> Tensor:
 
 
 pack_bits = torch.ops.moonwalk_compile.pack_bits
+pack_signs = torch.ops.moonwalk_compile.pack_signs
+unpack_signs = torch.ops.moonwalk_compile.unpack_signs
 strict_sign = torch.ops.moonwalk_compile.strict_sign
 take_marked = torch.ops.moonwalk_compile.take_marked
 put_marked = torch.ops.moonwalk_compile.put_marked

@@ -287,7 +287,7 @@ class Certifier:
         # What is kept of a block belongs to the point it is at; but sides stay as they are, at every point nearby.
         sides = inversion.sides
         leaving = (*block.live_out, *(value for value in inversion.residuals if value not in sides))
-        forward = [edge for edge in self._forward_edges(index) if not edge.gives or not sides.issuperset(edge.gives)]
+        forward = list(self._on_sides(index, sides))
 
         def recover(state: State) -> State:
             reached = self.values.run(edges, {**masks, **state}, block.live_in, sides)
@@ -298,6 +298,20 @@ class Certifier:
             return _picked(leaving, reached, state)
 
         return _Link(index, recover, apply, block.live_in)
+
+    def _on_sides(self, index: int, sides: Set[int]) -> Iterator[Edge]:
+        """The forward edges of a block; those that fold (abs, a sort) as they do where the sides are what they were."""
+        folds = {
+            edge.gives[0]: edge
+            for edge in self.analysis.shortcuts[index]
+            if edge.stage == "forward" and not sides.isdisjoint(edge.needs)
+        }
+        given = {value for edge in folds.values() for value in edge.gives}
+        for edge in self._forward_edges(index):
+            if edge.gives and edge.gives[0] in folds:
+                yield folds[edge.gives[0]]
+            elif not edge.gives or not {*sides, *given}.issuperset(edge.gives):
+                yield edge
 
     def _forward_edges(self, index: int) -> list[Edge]:
         return [edge for edge in self.analysis.recover(self.analysis.blocks[index]) if edge.kind == "forward"]

@@ -282,8 +282,15 @@ class MoveMaker:
         return None if cost is None else (segment, cost)
 
     def _inverts_for_nothing(self, index: int) -> bool:
-        inversion = self.facts.inversion(index)
-        return not inversion.missing and inversion.sides.issuperset(inversion.residuals)
+        """Whether inverting a block keeps no more than walking it does."""
+        inversion, spine = self.facts.inversion(index), self.facts.spine(index)
+        if inversion.missing or not inversion.sides.issuperset(inversion.residuals):
+            return False
+        return bool(spine.missing) or self._kept_bytes(inversion.residuals) <= self._kept_bytes(spine.residuals)
+
+    def _kept_bytes(self, values: Iterable[int]) -> int:
+        packs = self.facts.packs
+        return self.analysis.graph.storage_bytes({packs[v].kept if v in packs else v for v in values})
 
     def _certificate(self, strategy: str, index: int) -> Certificate:
         return self.certificates.get((strategy, index), TRUSTED)

@@ -115,3 +115,58 @@ def test_a_chain_begins_with_every_part_of_a_storage_that_its_neighbour_keeps():
     """The last block's two outputs are views of one storage, and the next block reads one of them."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), *(Coupling(32) for _ in range(12)), nn.Linear(64, 8))
     assert inverted_error(model, 512, 64) < 1e-5
+
+
+class Folded(nn.Module):
+    """A linear layer, orthogonal or not far from it, and a map that folds."""
+
+    def __init__(self, width: int, fold: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.fold = nn.Linear(width, width, bias=False), fold
+        nn.init.orthogonal_(self.linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fold(self.linear(x))
+
+
+def maxmin(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], -1)
+
+
+FOLDS = {"abs": torch.abs, "maxmin": maxmin, "sort": lambda x: x.unflatten(-1, (-1, 2)).sort(-1).values.flatten(1)}
+
+
+@pytest.mark.parametrize("name", FOLDS)
+def test_folds_are_inverted_with_their_sides_kept(name: str):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Folded(32, FOLDS[name]) for _ in range(24)), nn.Linear(32, 8))
+    assert inverted_error(model, 2048, 32) < 1e-5
+
+
+def test_the_gradient_of_abs_at_exact_zeros_stays_zero():
+    """Samples of zeros, of which every layer gives zeros: kept as one bit, their sign would be -1."""
+
+    class Weighed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*(Folded(32, torch.abs) for _ in range(24)))
+            self.shift = nn.Parameter(torch.ones(32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x * self.shift).exp()
+
+    torch.manual_seed(0)
+    model, x = Weighed(), torch.randn(2048, 32)
+    x[::2] = 0
+    ours = moonwalk_compile(
+        copy.deepcopy(model), strategies=("invert", "checkpoint"), max_slowdown=3, lowering="eager", example_inputs=(x,)
+    )
+    assert "invert" in {segment.strategy for segment in ours.plan.segments}
+    found = []
+    for each in (model, ours):
+        y = x.clone().requires_grad_()
+        each(y).sum().backward()
+        found.append(y.grad)
+    assert torch.count_nonzero(found[0][::2]) == 0
+    assert torch.allclose(found[1], found[0], rtol=0, atol=1e-4)

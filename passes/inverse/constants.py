@@ -20,7 +20,7 @@ from .._torch_compat import OpOverload
 from ..capture import Capture
 from ..graph import Edge, Ref
 from ..interpret import run_edge
-from .regions import Reader
+from .reader import Reader
 from .rule import Region
 
 LARGEST = 2**16  # elements of a constant that is looked at

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..capture import Capture
 from ..graph import Edge
-from .regions import Reader, added_up, subtract, sum_roots
+from .reader import Reader
 from .rule import Region
+from .sums import added_up, subtract, sum_roots
 
 
 @dataclass(frozen=True)

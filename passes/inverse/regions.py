@@ -1,7 +1,6 @@
 """Rules over several nodes at once: what no single operation's inverse can give.
 
-A tensor in all its slices; the sum of disjoint slice gradients, which is a concatenation in disguise; MaxMin, whose
-backward pass is a 2x2 system; the gradient of `sort`, which is a permutation; that of `abs`, from the argument itself.
+A tensor in all its slices, and the sum of disjoint slice gradients, which is a concatenation in disguise.
 """
 
 from __future__ import annotations
@@ -15,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ..capture import Capture
-from ..graph import Edge, Graph, Ref
 from .composites import find_composites, find_softsigns
+from .folds import find_folds
 from .pooling import shape_only
+from .reader import Reader
 from .rule import Region
+from .sums import added_up, subtract, sum_roots
 
 Step = tuple[int, slice | int]  # one slice or selection along a dimension
 
@@ -28,10 +29,7 @@ def find_regions(capture: Capture) -> Iterator[Region]:
     reader = Reader(capture)
     yield from _tilings(reader)
     yield from _disjoint_sums(reader)
-    yield from _maxmins(reader)
-    yield from _sorts(reader)
-    yield from _maxima(reader)
-    yield from _signed(reader)
+    yield from find_folds(reader)
     yield from find_softsigns(reader)
     yield from find_composites(reader)
     for edge in capture.graph.edges:
@@ -39,39 +37,6 @@ def find_regions(capture: Capture) -> Iterator[Region]:
             region = shape_only(edge, reader.shape(edge.gives[0]))
             if region is not None:
                 yield region
-
-
-class Reader:
-    """Looks at the arguments of edges by value index."""
-
-    def __init__(self, capture: Capture) -> None:
-        self.capture = capture
-        self.graph: Graph = capture.graph
-        self.uses: dict[int, list[Edge]] = {}
-        for edge in self.graph.edges:
-            for value in edge.needs:
-                self.uses.setdefault(value, []).append(edge)
-        self.results = {*self.graph.output_values, *self.graph.gradient_values}
-
-    def args(self, edge: Edge) -> tuple[Any, ...]:
-        return edge.operations[0].args
-
-    def value(self, edge: Edge, argument: int) -> int | None:
-        """The value that stands at an argument's place."""
-        args = self.args(edge)
-        place = args[argument] if argument < len(args) else None
-        return edge.needs[place.slot] if isinstance(place, Ref) else None
-
-    def made_by(self, value: int | None, *labels: str) -> Edge | None:
-        """The edge that gives `value`, if it is one of these operations."""
-        edge = self.graph.definition.get(value) if value is not None else None
-        return edge if edge is not None and edge.label in labels else None
-
-    def shape(self, value: int) -> tuple[int, ...]:
-        return self.graph.values[value].shape
-
-    def edges(self, *labels: str) -> list[Edge]:
-        return [edge for edge in self.graph.edges if edge.label in labels]
 
 
 # -- a tensor in all its slices ------------------------------------------------------------------------------------
@@ -172,49 +137,6 @@ def _interleave(dim: int, *pieces: Tensor) -> Tensor:
     return torch.stack(pieces, dim + 1).flatten(dim, dim + 1)
 
 
-# -- sums ----------------------------------------------------------------------------------------------------------
-
-
-def _is_sum(reader: Reader, edge: Edge | None) -> bool:
-    if edge is None or edge.label != "add" or edge.operations[0].kwargs or len(edge.needs) != 2:
-        return False
-    values = [reader.graph.values[value] for value in (*edge.gives, *edge.needs)]
-    return len({(value.shape, value.dtype) for value in values}) == 1
-
-
-def _inner(reader: Reader, value: int) -> Edge | None:
-    """The sum that `value` is, if it is only read by one other sum."""
-    edge = reader.graph.definition.get(value)
-    uses = reader.uses.get(value, ())
-    alone = len(uses) == 1 and value not in reader.results and _is_sum(reader, uses[0])
-    return edge if alone and _is_sum(reader, edge) else None
-
-
-def added_up(reader: Reader, root: Edge) -> list[int]:
-    """What a tree of sums adds up, in order."""
-    found, stack = [], list(root.needs)[::-1]
-    while stack:
-        value = stack.pop()
-        inner = _inner(reader, value)
-        if inner is None:
-            found.append(value)
-        else:
-            stack.extend(reversed(inner.needs))
-    return found
-
-
-def sum_roots(reader: Reader) -> Iterator[Edge]:
-    for edge in reader.edges("add"):
-        if _is_sum(reader, edge) and _inner(reader, edge.gives[0]) is None:
-            yield edge
-
-
-def subtract(total: Tensor, others: Sequence[Tensor]) -> Tensor:
-    for other in others:
-        total = total - other
-    return total
-
-
 # -- the sum of disjoint slice gradients ---------------------------------------------------------------------------
 
 
@@ -279,159 +201,3 @@ def _follow(tensor: Tensor, path: Sequence[tuple[int, Any]]) -> Tensor:
         else:
             tensor = torch.ops.aten.slice(tensor, dim, part[0], part[1], part[2] or 1)
     return tensor
-
-
-# -- MaxMin --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Masked:
-    """A summand `masked_fill(where(a == b, g / 2, g), mask, 0)` where the mask says `larger > smaller`."""
-
-    cotangent: int
-    mask: int
-    larger: int
-    smaller: int
-
-    @property
-    def opposite(self) -> tuple[int, int, int]:
-        return self.cotangent, self.smaller, self.larger
-
-    @property
-    def key(self) -> tuple[int, int, int]:
-        return self.cotangent, self.larger, self.smaller
-
-
-def _comparison(reader: Reader, value: int | None, *labels: str) -> tuple[int, int] | None:
-    """The two compared values, larger first."""
-    edge = reader.made_by(value, *labels)
-    if edge is None or len(edge.needs) != 2 or reader.shape(edge.needs[0]) != reader.shape(edge.needs[1]):
-        return None
-    a, b = reader.value(edge, 0), reader.value(edge, 1)
-    if a is None or b is None:
-        return None
-    return (b, a) if edge.label == "lt" else (a, b)
-
-
-def _masked(reader: Reader, value: int) -> _Masked | None:
-    fill = reader.made_by(value, "masked_fill")
-    if fill is None or reader.args(fill)[2] != 0:
-        return None
-    where, mask = reader.made_by(reader.value(fill, 0), "where"), reader.value(fill, 1)
-    order = _comparison(reader, mask, "gt", "lt")
-    if where is None or order is None or mask is None:
-        return None
-    tied, half, cotangent = (reader.value(where, i) for i in range(3))
-    tie = _comparison(reader, tied, "eq")
-    halved = reader.made_by(half, "div")
-    if tie is None or set(tie) != set(order) or halved is None or cotangent is None:
-        return None
-    if reader.args(halved)[1] != 2 or halved.needs != (cotangent,) or halved.operations[0].kwargs:
-        return None
-    return _Masked(cotangent, mask, *order)
-
-
-def _maxmins(reader: Reader) -> Iterator[Region]:
-    """Both cotangents of max(a, b) and min(a, b) from those of a and b, and the other way round at less cost.
-
-    Exact ties share the cotangent in torch, which cannot be undone; here one side gets it all.
-    """
-    first: dict[tuple[Any, ...], tuple[int, list[int], int]] = {}
-    for root in sum_roots(reader):
-        summands = added_up(reader, root)
-        terms = {value: term for value in summands if (term := _masked(reader, value)) is not None}
-        if len(terms) != 2 or len(set(summands)) < len(summands):
-            continue
-        p, q = sorted(terms.values(), key=lambda term: term.cotangent)
-        if (p.larger, p.smaller) != (q.smaller, q.larger) or p.cotangent == q.cotangent:
-            continue
-        others = [value for value in summands if value not in terms]
-        partner = first.get((p.opposite, q.opposite))
-        if partner is None:
-            first[p.key, q.key] = (root.gives[0], others, q.mask)
-        else:
-            # Where its mask says so, the partner received all of p and this sum all of q.
-            total, rest, mask = partner
-            yield from _maxmin((p.cotangent, q.cotangent), (total, root.gives[0]), mask, rest, others)
-
-
-def _maxmin(
-    inside: tuple[int, int], outside: tuple[int, int], mask: int, rest: Sequence[int], others: Sequence[int]
-) -> Iterator[Region]:
-    known = {*rest, *others}
-    if known & {*inside, *outside}:
-        return
-    needs = (mask, *rest, *others)
-    yield Region(inside, (*outside, *needs), partial(_undo_maxmin, len(rest)), "inverse of maxmin")
-    yield Region(outside, (*inside, *needs), partial(_do_maxmin, len(rest)), "maxmin from its mask", inverse=False)
-
-
-def _undo_maxmin(count: int, a: Tensor, b: Tensor, mask: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-    a, b = subtract(a, others[:count]), subtract(b, others[count:])
-    return torch.where(mask, a, b), torch.where(mask, b, a)
-
-
-def _do_maxmin(count: int, p: Tensor, q: Tensor, mask: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-    a, b = torch.where(mask, p, q), torch.where(mask, q, p)
-    return sum(others[:count], a), sum(others[count:], b)
-
-
-def _maxima(reader: Reader) -> Iterator[Region]:
-    """The cotangent of max(a, b), or of min(a, b), from what both sides get of it: their sum, also where they tie."""
-    first: dict[tuple[int, int, int], int] = {}
-    for edge in reader.edges("masked_fill"):
-        term = _masked(reader, edge.gives[0])
-        if term is None:
-            continue
-        other = first.setdefault(term.opposite, edge.gives[0])
-        if other != edge.gives[0]:
-            yield Region((term.cotangent,), (other, *edge.gives), partial(torch.add), "inverse of a maximum")
-        first.setdefault(term.key, edge.gives[0])
-
-
-# -- abs -----------------------------------------------------------------------------------------------------------
-
-
-def _signed(reader: Reader) -> Iterator[Region]:
-    """The factor of a sign, in one pass over what the sign is of. As in packed signs, an exact zero is negative."""
-    values = reader.graph.values
-    for edge in reader.edges("mul"):
-        for factor in (0, 1):
-            value, sign = reader.value(edge, factor), reader.made_by(reader.value(edge, 1 - factor), "sgn", "sign")
-            if value is None or sign is None or value in (*sign.gives, *sign.needs):
-                continue
-            layouts = {(values[v].shape, values[v].dtype) for v in (*edge.gives, value, *sign.needs)}
-            if len(layouts) == 1 and reader.capture.fake(value).is_floating_point():
-                yield Region((value,), (*edge.gives, *sign.needs), partial(_times_sign), "inverse of times sign")
-
-
-def _times_sign(y: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.leaky_relu_backward(y, x, -1.0, False)
-
-
-# -- sort ----------------------------------------------------------------------------------------------------------
-
-
-def _sorts(reader: Reader) -> Iterator[Region]:
-    """The gradient of `sort` scatters by a permutation: gather undoes it."""
-    for edge in reader.edges("scatter"):
-        target, index, source = (reader.value(edge, i) for i in (0, 2, 3))
-        order = reader.made_by(index, "sort", "topk")
-        if order is None or target is None or index is None or source is None or edge.operations[0].kwargs:
-            continue
-        if reader.shape(source) != reader.shape(index) or not reader.shape(index):
-            continue
-        dim = reader.args(edge)[1] % len(reader.shape(index))
-        if index == order.gives[-1] and _sorted_dim(reader, order) == dim:
-            yield Region((source,), (edge.gives[0], index), partial(_gather, dim), "inverse of sort's gradient")
-
-
-def _sorted_dim(reader: Reader, order: Edge) -> int:
-    operation = order.operations[0]
-    place = 2 if order.label == "topk" else 1
-    dim = operation.kwargs.get("dim", operation.args[place] if len(operation.args) > place else -1)
-    return int(dim) % len(reader.shape(order.needs[0]))
-
-
-def _gather(dim: int, total: Tensor, index: Tensor) -> Tensor:
-    return total.gather(dim, index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from moonwalk_compile.passes.bits import strict_sign
 from moonwalk_compile.passes.cost import DEVICES, qualified_name
 from moonwalk_compile.passes.graph import Edge
 from moonwalk_compile.passes.interpret import run_edges
-from moonwalk_compile.passes.inverse import inverse_edges
+from moonwalk_compile.passes.inverse import inverse_edges, solve
 from moonwalk_compile.passes.inverse.edges import lay_out
 from moonwalk_compile.passes.inverse.linear import inverse
 from moonwalk_compile.passes.inverse.orthogonal import orthogonal_values
@@ -76,7 +77,7 @@ def test_maxmin_from_its_mask_equals_the_backward_pass() -> None:
     arguments = [torch.randn(4, 8)]
     capture = capture_joint(_maxmin, arguments)
     truth = true_values(capture, arguments)
-    shortcut = next(edge for edge in inverse_edges(capture, CPU) if edge.kind == "forward")
+    shortcut = next(edge for edge in inverse_edges(capture, CPU) if edge.label == "maxmin from its mask")
     reached = run_edges([shortcut], truth)
     assert all(torch.equal(reached[value], truth[value]) for value in shortcut.gives)
 
@@ -89,6 +90,32 @@ def test_the_factor_of_a_sign_is_solved_in_one_pass() -> None:
     cotangent, (needed, argument) = torch.tensor([1.0, 2.0, 3.0, 4.0]), edge.needs
     reached = run_edges([edge], {needed: cotangent, argument: arguments[0]})[edge.gives[0]]
     assert torch.equal(reached, cotangent * strict_sign(arguments[0]))
+
+
+FOLDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "abs by its sign": torch.abs,
+    "maxmin by its mask": _maxmin,
+    "sort by its indices": lambda x: x.sort(dim=0, descending=True, stable=True).values * 2,
+}
+
+
+@pytest.mark.parametrize("label", FOLDS)
+def test_a_fold_is_undone_by_what_says_which_side_was_which(label: str) -> None:
+    arguments = [torch.randn(4, 8, dtype=torch.float64)]
+    arguments[0][0, :5] = 0.0
+    arguments[0][:, 1] = arguments[0][:, 5]
+    capture = capture_joint(FOLDS[label], arguments)
+    graph, edges = capture.graph, inverse_edges(capture, CPU)
+    truth = true_values(capture, arguments)
+    unfold = next(edge for edge in edges if edge.label == f"inverse of {label}")
+    fold = next(edge for edge in edges if edge.label == label)
+    for edge in (fold, unfold):
+        reached = run_edges([edge], {value: truth[value] for value in edge.needs})
+        assert all(torch.equal(reached[value], truth[value]) for value in edge.gives)
+    sides = {*unfold.needs}.difference(fold.gives)
+    usable = [*graph.edges, *edges]
+    assert not solve(usable, {*graph.output_values, *sides}, graph.primals).missing
+    assert solve(usable, graph.output_values, graph.primals).missing
 
 
 def test_identical_layers_are_traced_once() -> None:

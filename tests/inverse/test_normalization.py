@@ -107,10 +107,10 @@ def linear() -> nn.Module:
     return module
 
 
-def chain(norm: Callable[[], nn.Module], between: Callable[[], nn.Module]) -> nn.Sequential:
+def chain(norm: Callable[[], nn.Module], between: Callable[[], nn.Module], blocks: int = 3) -> nn.Sequential:
     """Two layers to a norm: of one alone, its input is all that plain backpropagation has to keep."""
-    blocks = [(linear(), between(), linear(), between(), norm()) for _ in range(3)]
-    return nn.Sequential(*(module for block in blocks for module in block))
+    layers = [(linear(), between(), linear(), between(), norm()) for _ in range(blocks)]
+    return nn.Sequential(*(module for layer in layers for module in layer))
 
 
 def convolutions() -> nn.Sequential:
@@ -146,7 +146,7 @@ def strategies_of(model: nn.Module) -> set[str]:
 @pytest.mark.parametrize("name", NORMS)
 def test_moonwalk_through_a_norm(name: str) -> None:
     torch.manual_seed(0)
-    model = chain(NORMS[name], lambda: Apply(torch.abs))
+    model = chain(NORMS[name], lambda: Apply(torch.abs), blocks=8)
     ours = three_steps(model, torch.randn(256, WIDTH), ("moonwalk", "keep"))
     assert "moonwalk" in strategies_of(ours)
 
@@ -180,7 +180,7 @@ def test_a_weight_of_zero_is_not_inverted() -> None:
 @pytest.mark.slow
 def test_norms_under_inductor() -> None:
     torch.manual_seed(0)
-    model = chain(NORMS["layer_norm"], lambda: Apply(torch.abs))
+    model = chain(NORMS["layer_norm"], lambda: Apply(torch.abs), blocks=8)
     assert "moonwalk" in strategies_of(three_steps(model, torch.randn(256, WIDTH), ("moonwalk", "keep"), "inductor"))
     torch.manual_seed(0)
     model, x = convolutions(), torch.randn(8, WIDTH, 8, 8)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moonwalk_compile.passes.bits import CACHED, pack_bits, strict_sign, unpack_two
+from moonwalk_compile.passes.bits import CACHED, pack_bits, pack_signs, strict_sign, unpack_signs, unpack_two
 
 shapes = st.lists(st.integers(1, 9), min_size=0, max_size=3)
 quick = settings(max_examples=50, deadline=None, derandomize=True)
@@ -95,3 +95,13 @@ def test_fakes_agree_with_the_real_ones(shape: tuple[int, ...]) -> None:
 def test_a_piece_of_a_larger_mask_is_packed(start: int) -> None:
     mask = drawn([40], 0)[start:]
     assert torch.equal(unpack_two(pack_bits(mask), list(mask.shape), 1, 0, torch.bool), mask)
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 9, 2 * CACHED + 13])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_signs_are_exact_at_zero(count: int, dtype: torch.dtype) -> None:
+    x = torch.randn(count, dtype=dtype)
+    x[::3] = 0
+    packed = pack_signs(x)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (2 * ((count + 7) // 8),))
+    assert torch.equal(unpack_signs(packed, [count], dtype), x.sgn())
