@@ -76,7 +76,7 @@ def _segment(planner: Planner, facts: Facts, choice: Choice) -> Segment:
     names = [analysis.graph.values[edge.gives[0]].name for block in blocks for edge in block.forward if edge.gives]
     provisional = bool(planner.uncertified([choice]))
     cost = segment_cost(facts, choice)
-    own = sum(edge.seconds for block in blocks for edge in (*block.forward, *block.backward))
+    own = sum(sum(facts.seconds(index)) for index in choice.span)
     error = planner.error_of(choice) if choice.strategy in INVERTED else 0.0
     return Segment(
         name=_name(analysis, choice),

@@ -98,7 +98,7 @@ class Session:
         started = time.perf_counter()
         inputs = self.example_inputs or ()
         clock = self._clock()
-        self.device = replace(self.device, clock=clock)
+        self.device = replace(self.device, clock=clock, fused=self.options.lowering == "inductor")
         places = input_positions(joint)
         roles = {primal: role_of(inputs[flat]) for primal, flat in places.items() if flat < len(inputs)}
         capture = read_joint(joint, num_fwd_outputs, self.device, roles)

@@ -21,7 +21,8 @@ from .graph import Edge, Operation
 class Device:
     """Peak rates: floating-point operations and bytes per second, and seconds of overhead per call.
 
-    A `clock` says what an operation was measured to take; what it does not know counts by the rates.
+    A `clock` says what an operation was measured to take; what it does not know counts by the rates. `fused` says that
+    pointwise operations are fused (see `fusion`).
     """
 
     name: str
@@ -31,6 +32,7 @@ class Device:
     transcendental: float = 1e11  # elements of exp, erf, tanh per second
     random: float = 5e11  # random numbers drawn per second
     datasheet: bool = True
+    fused: bool = False
     clock: Callable[[Operation], float | None] | None = field(default=None, compare=False, repr=False)
 
 
@@ -56,6 +58,11 @@ SPECIAL = {
 }
 # A CPU draws one number after another, on one core.
 RANDOM = set("bernoulli native_dropout rand rand_like randn randn_like randint uniform normal".split())
+# Normalizations that go over rows, which stay in the cache, and what goes over whole images for its statistics.
+ROWS = {"native_layer_norm", "native_layer_norm_backward"}
+ROWS |= {"_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data"}
+IMAGES = {"native_group_norm", "native_group_norm_backward", "native_batch_norm", "native_batch_norm_backward"}
+IMAGES |= {"_native_batch_norm_legit_functional", "sum", "mean", "var", "var_mean", "amax", "amin"}
 SOLVERS = {
     "inverse": 2.0,
     "linalg_inv_ex": 2.0,
@@ -102,9 +109,26 @@ def qualified_name(target: Any) -> str:
     return name if namespace in ("aten", "prims") else f"{namespace}::{name}"
 
 
+def is_fused(operation: Operation) -> bool:
+    """Whether an operation joins a loop with others, where these are fused."""
+    name = base_name(operation.target)
+    if name in RANDOM:
+        return False
+    return name in ROWS or name in IMAGES or torch.Tag.pointwise in getattr(operation.target, "tags", ())
+
+
+def fused_arithmetic(operation: Operation, device: Device) -> float:
+    """The seconds for which arithmetic, not memory, holds up a loop."""
+    name = base_name(operation.target)
+    factor = 0.0 if name in IMAGES else SPECIAL.get(name, 0.0)
+    return sum(operation.new) / 4 * factor / device.transcendental
+
+
 def operation_seconds(operation: Operation, device: Device) -> float:
     if not operation.new:
         return 0.0
+    if device.fused and is_fused(operation):  # of what it reads and writes, about half stays within a loop
+        return max(operation.moved / 2 / device.bandwidth, fused_arithmetic(operation, device))
     if device.clock is not None and (measured := device.clock(operation)) is not None:
         return measured
     name = base_name(operation.target)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from .analysis import Analysis
 from .blocks import Block
-from .cost import base_name, operation_seconds
+from .cost import base_name
 from .emit import BackwardEmitter, ForwardEmitter, Segment, Unreachable
+from .fusion import program_seconds
 from .graph import Edge, Ref
 from .program import Program
 from .reuse import simulated
@@ -95,7 +96,8 @@ def segment_cost(facts: Facts, segment: Segment) -> Cost | None:
         covers_out=bool(live_out) and live_out <= {storage for storage, _ in kept},
         forward_peak=simulated(facts, forward).peak,
         backward_peak=simulated(facts, backward).peak,
-        seconds=_program_seconds(analysis, backward) - _backward_seconds(analysis, segment),
+        seconds=program_seconds(backward, analysis.graph, analysis.device)
+        - sum(facts.seconds(index)[1] for index in segment.span),
         fragments=_fragment_bytes(facts, segment),
     )
 
@@ -126,14 +128,6 @@ def with_passing(facts: Facts, segment: Segment, cost: Cost) -> Cost:
 
 def storages(analysis: Analysis, values: Iterable[int]) -> set[int]:
     return {analysis.charges[value][0] for value in values if analysis.charges[value][1]}
-
-
-def _program_seconds(analysis: Analysis, program: Program) -> float:
-    return sum(operation_seconds(instruction.operation, analysis.device) for instruction in program.instructions)
-
-
-def _backward_seconds(analysis: Analysis, segment: Segment) -> float:
-    return sum(edge.seconds for index in segment.span for edge in analysis.blocks[index].backward)
 
 
 WHERE = {"select", "slice", "select_backward", "slice_backward"}  # their constants say where, which costs nothing

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .analysis import Analysis
-from .cost import operation_seconds
 from .emit import Schedule, Segment
+from .fusion import program_seconds
 from .graph import Operation, Ref, map_refs, refs_in
 from .liveness import Timeline, simulate
 from .plan import Planned
@@ -180,7 +180,7 @@ class JointMeasure:
         program, analysis = self.program(facts, schedule), facts.analysis
         whole = simulate(program, analysis.charges, workspace=lambda operation: self._workspace(facts, operation))
         forward, backward = self._halves(program, whole, len(schedule.forward.instructions))
-        seconds = sum(operation_seconds(i.operation, analysis.device) for i in program.instructions)
+        seconds = program_seconds(program, analysis.graph, analysis.device)
         return Planned(segments, schedule, forward, backward, seconds, error)
 
     def _workspace(self, facts: Facts, operation: Operation) -> int:

@@ -201,7 +201,7 @@ class MoveMaker:
         kind = self.keys[index]
         if kind not in self.keep_positions:
             block = self.analysis.blocks[index]
-            seconds = sum(edge.seconds for edge in block.forward) or 1e-9
+            seconds = self.facts.seconds(index)[0] or 1e-9
             scale = self.analysis.graph.storage_bytes(block.demanded) / seconds
             sets = keep_sets(self.analysis, block, [price * scale for price in PRICES])
             self.keep_positions[kind] = [self._positions(kept, index) for kept in sets]
@@ -229,7 +229,7 @@ class MoveMaker:
         entering = {*block.live_in} - self.facts.passing([index])
         return Unit(
             kind=self.keys[index],
-            forward_s=sum(edge.seconds for edge in block.forward),
+            forward_s=self.facts.seconds(index)[0],
             border=sum(size for _, size in {analysis.charges[value] for value in entering}),
             drawn=checkpoint.own if checkpoint else 0,
             gradients=self.gradients[index],

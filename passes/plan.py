@@ -19,10 +19,11 @@ import numpy as np
 
 from .bits import unpack_two
 from .certificates import INVERTED, Certificate, chain_error
-from .cost import base_name, operation_seconds
+from .cost import base_name
 from .costs import backward_program
 from .emit import Schedule, Segment, Unreachable, emit
 from .fronts import FRONT, Floats, Front, Table, column, extend, start
+from .fusion import program_seconds
 from .liveness import Timeline
 from .moves import Move, MoveMaker
 from .reuse import simulated
@@ -379,9 +380,6 @@ def measure_schedule(facts: Facts, segments: tuple[Segment, ...], schedule: Sche
     """Simulate both programs: what the user holds (the outputs) stays alive through the backward pass."""
     forward = simulated(facts, schedule.forward)
     backward = simulated(facts, schedule.backward, pinned=facts.analysis.held)
-    seconds = sum(
-        operation_seconds(instruction.operation, facts.analysis.device)
-        for program in (schedule.forward, schedule.backward)
-        for instruction in program.instructions
-    )
+    graph, device = facts.analysis.graph, facts.analysis.device
+    seconds = sum(program_seconds(program, graph, device) for program in (schedule.forward, schedule.backward))
     return Planned(segments, schedule, forward, backward, seconds, error)

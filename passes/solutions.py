@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from .analysis import Analysis
 from .blocks import Block, demanded
+from .fusion import edges_seconds
 from .graph import Edge, Graph, Operation
 from .inverse import CUSTOM, WAITING_BYTES_PER_S, Solution, jumps, kinks, solve
 
@@ -226,6 +227,12 @@ def block_passing(analysis: Analysis, block: Block) -> frozenset[int]:
     return frozenset(through - touched)
 
 
+def block_seconds(analysis: Analysis, block: Block) -> tuple[float, float]:
+    graph, device = analysis.graph, analysis.device
+    forward = edges_seconds(block.forward, {*block.live_out, *block.demanded}, graph, device)
+    return forward, edges_seconds(block.backward, {*block.cotangents_out, *block.gradients}, graph, device)
+
+
 class Facts:
     """The solutions of single blocks, computed when first asked for.
 
@@ -267,6 +274,10 @@ class Facts:
     def gradients(self, index: int) -> list[int]:
         """The gradients of a block that add up until the end of the step."""
         return [value for value in self.analysis.blocks[index].gradients if value not in self.freed]
+
+    def seconds(self, index: int) -> tuple[float, float]:
+        """What a block's forward and backward pass take."""
+        return cast(tuple[float, float], self._once("seconds", index, block_seconds))
 
     def passing(self, span: Iterable[int]) -> frozenset[int]:
         """The values that only pass through some blocks: alive on both sides, and touched by none of them."""

@@ -1,0 +1,82 @@
+"""How long a program takes where pointwise operations are fused, as Inductor does.
+
+A fused loop reads what comes from outside of it and writes what is needed outside of it. Normalizations join it: what
+they add are passes over whole images for their statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from .cost import IMAGES, Device, base_name, fused_arithmetic, is_fused, operation_seconds
+from .graph import Edge, Graph, Ref, refs_in
+from .program import Builder, Program
+
+Storage = tuple[int, int]
+
+
+@dataclass
+class _Loop:
+    """Fused operations between two that are not."""
+
+    reads: set[Storage] = field(default_factory=set)
+    written: int = 0  # bytes
+    again: int = 0  # bytes read for statistics
+    arithmetic: float = 0.0  # seconds
+
+
+def program_seconds(program: Program, graph: Graph, device: Device) -> float:
+    if not device.fused:
+        return sum(operation_seconds(instruction.operation, device) for instruction in program.instructions)
+    held: dict[int, list[Storage]] = {}
+    size: dict[Storage, int] = {}
+    made: dict[Storage, _Loop] = {}
+    outside: set[Storage] = set()
+    loop = _Loop()
+    loops, seconds = [loop], 0.0
+    for slot, value in program.inputs:
+        held[slot] = [(-1, value)]
+        size[-1, value] = graph.values[value].bytes
+    for instruction in program.instructions:
+        operation = instruction.operation
+        held[instruction.slot] = [
+            (instruction.slot, item) if source < 0 else held[source][item] for source, item in instruction.holds
+        ]
+        if not operation.new:
+            continue
+        read = {storage for slot in instruction.reads for storage in held[slot]}
+        size |= {(instruction.slot, item): new for item, new in enumerate(operation.new)}
+        if not is_fused(operation):
+            seconds += operation_seconds(operation, device)
+            outside |= read
+            loop = _Loop()
+            loops.append(loop)
+            continue
+        earlier = {storage for storage in read if made.get(storage) is not loop}
+        outside |= earlier
+        loop.reads |= earlier
+        made |= {(instruction.slot, item): loop for item in range(len(operation.new))}
+        loop.again += sum(size[storage] for storage in read) if base_name(operation.target) in IMAGES else 0
+        loop.arithmetic += fused_arithmetic(operation, device)
+    outside |= {storage for ref in refs_in(program.outputs) for storage in held[ref.slot]}
+    for storage in outside & made.keys():
+        made[storage].written += size[storage]
+    for each in loops:
+        moved = sum(size[storage] for storage in each.reads) + each.again + each.written
+        seconds += device.overhead * bool(moved) + max(moved / device.bandwidth, each.arithmetic)
+    return seconds
+
+
+def edges_seconds(edges: Iterable[Edge], wanted: Collection[int], graph: Graph, device: Device) -> float:
+    """These edges one behind the other; the `wanted` values are what is needed of them."""
+    if not device.fused:
+        return sum(edge.seconds for edge in edges)
+    builder = Builder(graph)
+    for edge in edges:
+        for value in edge.needs:
+            if value not in builder.environment:
+                builder.input(value)
+        builder.emit(edge)
+    leaving = [Ref(builder.environment[value]) for value in wanted if value in builder.environment]
+    return program_seconds(builder.finish(leaving), graph, device)
