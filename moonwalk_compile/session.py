@@ -288,11 +288,11 @@ class Session:
     def _settle(self, planner: Planner, plain: Planned, rounds: int = 5) -> Planned:
         """A plan that fits as lowered: where the generated code needs more than the budget, take that off and retry.
 
-        Where it needs clearly less, what is left is put on, `MORE` times at most. Raises BudgetError when even the
-        smallest plan does not fit.
+        Where it needs clearly less than was simulated, another plan may use what is left: planned again, `MORE` times
+        at most. Raises BudgetError when even the smallest plan does not fit.
         """
         limit = math.inf if self.options.budget is None else self.options.budget.resolve(plain.peak)
-        less, peak, settled = self.margin, 0, None
+        less, most, peak, settled = self.margin, 0, 0, None
         for attempt in range(rounds):
             last = attempt == rounds - 1 and settled is None
             planned = self._certified(planner, plain, int(limit) if last else less)
@@ -302,12 +302,16 @@ class Session:
                 verify_certified(planned.segments, planner.certificates)
             peak = (self._lower(planned, limit - self.margin) if self.lower else planned.peak) + self.margin
             if peak <= limit:
-                settled = planned, self.forward, self.backward
-                if attempt >= MORE or planned is planner.loose or not self._leaves_room(peak, limit):
+                settled, most = (planned, self.forward, self.backward), less
+                less = peak - planned.peak
+                if planned is planner.loose or not self._leaves_room(peak, limit):
                     break
-            elif settled is not None or self.cornered:
+            elif settled is None and self.cornered:
                 break
-            less += peak - int(limit)
+            else:
+                less += peak - int(limit)
+            if settled is not None and (attempt >= MORE or less >= most):
+                break
         if settled is None:
             raise BudgetError(int(limit), peak, pinned_tensors(planner, planned))
         planned, self.forward, self.backward = settled

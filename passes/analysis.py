@@ -18,6 +18,7 @@ from .graph import Edge, Graph, Stage, Value
 from .inverse import inverse_edges, make_call, packing_of_reader, packing_of_value
 from .inverse.constants import Constants
 from .inverse.rule import Packing
+from .statistics import TINY, with_statistics
 from .trace import storage_bytes, trace_operations
 
 STRICT_SIGN = "strict sign"
@@ -54,6 +55,7 @@ class Analysis:
     fragments: tuple[tuple[Edge, ...], ...]
     watches: tuple[tuple[Watch | None, Watch | None], ...]  # of each block's input: a value, a cotangent it receives
     fakes: Mapping[int, Any]
+    normalized: Mapping[int, Edge]  # by output: normalizations with their statistics at hand
 
     @cached_property
     def block_of(self) -> dict[int, int]:
@@ -63,9 +65,18 @@ class Analysis:
     def recover(self, block: Block) -> tuple[Edge, ...]:
         """The ways to compute forward values of a block forward: random operations cannot be drawn again."""
         edges = (*block.forward, *block.late)
-        return tuple(edge for edge in edges if not edge.random and not edge.effect) + tuple(
-            replay for edge in edges if (replay := self.replays.get(edge.gives)) is not None
+        return (
+            *(edge for edge in edges if not edge.random and not edge.effect),
+            *(replay for edge in edges if (replay := self.replays.get(edge.gives)) is not None),
+            *(self.normalized[value] for edge in edges for value in edge.gives if value in self.normalized),
         )
+
+    def statistics(self, block: Block) -> frozenset[int]:
+        """The tiny ones of normalizations, which are kept whatever is done with the block."""
+        values = self.graph.values
+        again = [self.normalized[v] for edge in block.forward for v in edge.gives if v in self.normalized]
+        found = {(edge.gives[0], value) for edge in again for value in edge.needs[:2]}
+        return frozenset(value for output, value in found if values[value].bytes * TINY <= values[output].bytes)
 
     @cached_property
     def replays(self) -> dict[tuple[int, ...], Edge]:
@@ -326,6 +337,7 @@ def analyse(
     extended = replace(graph, values=tuple(packer.values))
     scopes = [_scope(graph, block) for block in blocks]
     homes = _by_block(graph, edges, scopes)
+    normalized = {edge.gives[0]: edge for edge in with_statistics(capture, device, packer.trace)}
     return Analysis(
         capture,
         extended,
@@ -345,6 +357,7 @@ def analyse(
         signs=tuple(tuple(packs) for packs, _ in signs),
         watches=watches,
         fakes=packer.fakes,
+        normalized=normalized,
     )
 
 

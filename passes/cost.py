@@ -62,7 +62,8 @@ RANDOM = set("bernoulli native_dropout rand rand_like randn randn_like randint u
 ROWS = {"native_layer_norm", "native_layer_norm_backward"}
 ROWS |= {"_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data"}
 IMAGES = {"native_group_norm", "native_group_norm_backward", "native_batch_norm", "native_batch_norm_backward"}
-IMAGES |= {"_native_batch_norm_legit_functional", "sum", "mean", "var", "var_mean", "amax", "amin"}
+IMAGES |= {"_native_batch_norm_legit", "_native_batch_norm_legit_functional"}
+IMAGES |= {"sum", "mean", "var", "var_mean", "amax", "amin"}
 SOLVERS = {
     "inverse": 2.0,
     "linalg_inv_ex": 2.0,

@@ -88,9 +88,10 @@ def _small_values(analysis: Analysis, block: Block) -> set[int]:
 
 
 def residue(analysis: Analysis, block: Block) -> frozenset[int]:
-    """What a block keeps under every strategy that computes it again: what was drawn, and inputs overwritten since."""
+    """What a block keeps under every strategy that computes it again: what was drawn, inputs overwritten since, and
+    tiny statistics."""
     overwritten = {v for edge in analysis.recover(block) for v in edge.needs if v in analysis.graph.mutated}
-    return drawn(analysis, block) | overwritten
+    return drawn(analysis, block) | analysis.statistics(block) | overwritten
 
 
 def drawn(analysis: Analysis, block: Block) -> frozenset[int]:
