@@ -129,7 +129,8 @@ def operation_seconds(operation: Operation, device: Device) -> float:
     if not operation.new:
         return 0.0
     if device.fused and is_fused(operation):  # of what it reads and writes, about half stays within a loop
-        return max(operation.moved / 2 / device.bandwidth, fused_arithmetic(operation, device))
+        passes = 2 if base_name(operation.target) in IMAGES else 1
+        return max(passes * operation.moved / 2 / device.bandwidth, fused_arithmetic(operation, device))
     if device.clock is not None and (measured := device.clock(operation)) is not None:
         return measured
     name = base_name(operation.target)
