@@ -77,12 +77,36 @@ def test_moonwalk_through_padded_convolutions(mode: str) -> None:
     assert any(first < 51 < last for first, last in places), names  # 51 is behind the padding
 
 
+def circular(channels: int, *sides: int) -> nn.Conv1d | nn.Conv2d:
+    """Near the identity: random kernels are badly conditioned."""
+    make = nn.Conv2d if len(sides) == 2 else nn.Conv1d
+    layer = make(channels, channels, sides, padding="same", padding_mode="circular")
+    nn.init.dirac_(layer.weight)
+    layer.weight.data += 0.02 * torch.randn_like(layer.weight)
+    return layer
+
+
+@pytest.mark.parametrize("sides", [(3,), (3, 3), (5, 2)])
+def test_circular_convolutions_are_inverted(sides: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layers = [circular(8, *sides) for _ in range(8)]
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.LeakyReLU(0.9))))
+    ours = moonwalk_compile(copy.deepcopy(model), strategies=("invert", "keep"), lowering="eager", max_slowdown=100)
+    x = torch.randn(64, 8, *[12] * len(sides))
+    for net in (model, ours):
+        (net(x) - 1).square().sum().backward()
+    assert gradient_error(gradients(ours), gradients(model)) < 1e-5
+    assert ours.plan is not None
+    assert any(segment.strategy == "invert" for segment in ours.plan.segments), ours.plan
+
+
 WAYS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...]]] = {
     "4x4, stride 2, wider": (lambda x, w: F.conv2d(x, w, None, 2, 1), (2, 4, 12, 12), (8, 4, 4, 4)),
     "3x3, stride 2": (lambda x, w: F.conv2d(x, w, None, 2, 1), (2, 4, 12, 12), (4, 4, 3, 3)),
     "3x3, narrowing": (lambda x, w: F.conv2d(x, w, None, 1, 1), (2, 8, 9, 9), (4, 8, 3, 3)),
     "grouped": (lambda x, w: F.conv2d(x, w, None, 1, 1, groups=2), (2, 8, 9, 9), (4, 4, 3, 3)),
     "padded": (lambda x, w: F.conv2d(F.pad(x, (1, 1, 1, 1)), w), (2, 8, 9, 9), (4, 8, 3, 3)),
+    "circular": (lambda x, w: F.conv2d(F.pad(x, (1, 1, 1, 1), "circular"), w), (2, 4, 9, 9), (4, 4, 3, 3)),
     "one dimension": (lambda x, w: F.conv1d(x, w, None, 2, 2, 2), (2, 4, 13), (2, 4, 3)),
 }
 
@@ -98,7 +122,7 @@ def test_every_way_leads_to_the_same_cotangent(way: str) -> None:
     edges = all_edges(capture)
     ways = [edge for edge in edges if cotangent in edge.gives and edge.kind == "inverse"]
     fragments = take_fragments(edges, truth)
-    assert len(ways) == (4 if way == "padded" else 2)  # of which two start from the gradient of the padded image
+    assert len(ways) == {"padded": 4, "circular": 3}.get(way, 2)  # some start from the gradient of the padded image
     for edge in ways:
         found = run_edges([edge], {**truth, **fragments})[cotangent]
         assert (found - truth[cotangent]).norm() < 1e-6 * truth[cotangent].norm()

@@ -11,8 +11,8 @@ A convolution is a linear map A from an image to features (`geometry`). Two ques
 Images that another operation pads or crops are solved together with that (`padded`).
 
 Refused: the input of a square overlapping convolution (singular values of 1e-4). Triangular kernels could be solved by
-substitution, but that a kernel is masked is a matter of values, which no rule sees. Circular convolutions could be
-solved by Fourier transform.
+substitution, but that a kernel is masked is a matter of values, which no rule sees. Circular ones are solved by
+Fourier transform (`circular`).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Way:
 
     function: Callable[..., Tensor]
     take: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    fragile: bool = False
 
 
 def undo_scattering(geometry: Geometry, batch: int, dtype: torch.dtype, fragments: bool) -> Iterator[Way]:

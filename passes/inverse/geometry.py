@@ -19,7 +19,8 @@ class Geometry:
     A convolution computes A x and its input gradient A^T h; a transposed convolution computes A^T x and its input
     gradient A h. `image` and `features` are the sizes of the two sides, and `weight` is (features, image / groups,
     kernel..) in both. `padding` is what stands before the image (a crop, if negative); how much stands behind it
-    follows from the sizes. `spoilt` lists, by dimension, indices at which A^T h has had something else added to it.
+    follows from the sizes. `spoilt` lists, by dimension, indices at which A^T h has had something else added to it;
+    `circular` says that this is what a circular convolution, of features as large as the image, adds.
     """
 
     kernel: tuple[int, ...]
@@ -32,6 +33,7 @@ class Geometry:
     feature_channels: int
     groups: int
     spoilt: tuple[frozenset[int], ...] = ()
+    circular: bool = False
 
     @property
     def rows(self) -> int:

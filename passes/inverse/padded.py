@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ..capture import Capture
 from ..graph import Edge
+from .circular import is_solvable, undo_circular
 from .convolution import Way, undo_gathering, undo_scattering, without_bias
 from .geometry import Geometry, geometry_of
 from .moved import Moved, Side, sources, targets, transposed, whole
 from .regions import Reader
 from .rule import Region, result_places
+from .scattered import CROWDED
 
 Problem = tuple[Geometry, int, torch.dtype, bool, bool]  # with the batch; whether scattered; whether a cotangent
 
@@ -40,18 +42,23 @@ def _of_convolution(reader: Reader, edge: Edge, argument: int, weight: int) -> I
     backward = edge.label == "convolution_backward"
     scattered = backward != reader.args(edge)[7 if backward else 6]
     bias = None if backward else reader.value(edge, 2)
+    padded = result if scattered else argument
     for value, moved in targets(reader, result) if scattered else sources(reader, argument):
-        solved, known = (argument, value) if scattered else (value, result)
-        if moved == whole(reader.shape(result if scattered else argument)):
+        if moved == whole(reader.shape(padded)) or (bias is not None and scattered and not _selects(moved)):
             continue
         if not scattered:
             moved = Moved(tuple(map(transposed, moved.sides, reader.shape(value))))
+        solved, known, features = (argument, value, argument) if scattered else (value, result, result)
         given = (known, weight) if bias is None else (known, weight, bias)
-        geometry = _geometry(reader, edge, value, moved, weight, argument if scattered else result)
-        if geometry is None or len({solved, *given}) <= len(given) or (bias is not None and any(geometry.spoilt)):
-            continue
-        fake = reader.capture.fake(solved)
-        yield from _solved((geometry, len(fake), fake.dtype, scattered, backward), solved, given)
+        geometry = _geometry(reader, edge, value, moved, weight, features)
+        if geometry is not None and len({solved, *given}) > len(given):
+            fake = reader.capture.fake(solved)
+            yield from _solved((geometry, len(fake), fake.dtype, scattered, backward), solved, given)
+
+
+def _selects(moved: Moved) -> bool:
+    """Whether every element is one of the source's, with its bias."""
+    return all(place is not None and len(place) == 1 for side in moved.sides for place in side)
 
 
 def _geometry(reader: Reader, edge: Edge, image: int, moved: Moved, weight: int, features: int) -> Geometry | None:
@@ -61,10 +68,15 @@ def _geometry(reader: Reader, edge: Edge, image: int, moved: Moved, weight: int,
     geometry = geometry_of(reader.args(edge)[first : first + 6], *fakes)
     if geometry is None or moved.sides[:2] != whole(reader.shape(image)[:2]).sides:
         return None
-    shifts = [_shift(side) for side in moved.sides[2:]]
-    spoilt = tuple(_spoilt(geometry, axis, side, shifts[axis]) for axis, side in enumerate(moved.sides[2:]))
-    padding = tuple(p + shift for p, shift in zip(geometry.padding, shifts, strict=True))
-    return replace(geometry, padding=padding, spoilt=spoilt if any(spoilt) else ())
+    shifts = tuple(map(_shift, moved.sides[2:]))
+    sides = [_side(geometry, axis, *of) for axis, of in enumerate(zip(moved.sides[2:], shifts, strict=True))]
+    spoilt, circular = zip(*sides, strict=True)
+    return replace(
+        geometry,
+        padding=tuple(map(sum, zip(geometry.padding, shifts, strict=True))),
+        spoilt=spoilt if any(spoilt) else (),
+        circular=all(circular),
+    )
 
 
 def _shift(side: Side) -> int:
@@ -73,35 +85,48 @@ def _shift(side: Side) -> int:
     return counts.most_common(1)[0][0] if counts else 0
 
 
-def _spoilt(geometry: Geometry, axis: int, side: Side, shift: int) -> frozenset[int]:
-    """Where the image does not hold just its own element of the padded one, as far as a tap reaches that."""
+def _side(geometry: Geometry, axis: int, side: Side, shift: int) -> tuple[frozenset[int], bool]:
+    """Where the image does not hold just its own element of the padded one, and whether the rest of that is folded as
+    a circular padding is; as far as a tap reaches.
+    """
     g = geometry
     read = {
         o * g.stride[axis] - g.padding[axis] + t * g.dilation[axis]
         for o in range(g.features[axis])
         for t in range(g.kernel[axis])
     }
-    return frozenset(
-        here
-        for here, place in enumerate(side)
-        if [there for there in place or () if there in read] != [here + shift] * (here + shift in read)
-    )
+    found = [sorted(there for there in place or () if there in read) for place in side]
+    own = [[here + shift] * (here + shift in read) for here in range(len(side))]
+    wound = [sorted(there for there in read if (there - shift) % len(side) == here) for here in range(len(side))]
+    spoilt = frozenset(here for here, (a, b) in enumerate(zip(found, own, strict=True)) if a != b)
+    return spoilt, g.stride[axis] == 1 and g.features[axis] == len(side) and found == wound
 
 
 def _solved(problem: Problem, solved: int, given: tuple[int, ...]) -> Iterator[Region]:
     for number, way in enumerate(_ways(problem)):
+        function = partial(_solve, problem, number)
         fragment = partial(_take, problem, number) if way.take else None
-        yield Region(
-            (solved,), given, partial(_solve, problem, number), "inverse of padded convolution", fragment=fragment
-        )
+        label = "inverse of circular convolution" if way in _by_frequency(problem) else "inverse of padded convolution"
+        yield Region((solved,), given, function, label, fragment=fragment, fragile=way.fragile)
 
 
 @cache
 def _ways(problem: Problem) -> tuple[Way, ...]:
     geometry, batch, dtype, scattered, fragments = problem
+    ways = _by_frequency(problem)
     if scattered:
-        return tuple(undo_scattering(geometry, batch, dtype, fragments))
-    return () if geometry.spoilt else tuple(undo_gathering(geometry, batch, dtype))
+        return (*ways, *undo_scattering(geometry, batch, dtype, fragments))
+    return ways if geometry.spoilt else (*ways, *undo_gathering(geometry, batch, dtype))
+
+
+@cache
+def _by_frequency(problem: Problem) -> tuple[Way, ...]:
+    """Where taps overlap too much, a fragment is better."""
+    geometry, _, dtype, scattered, _ = problem
+    if not (geometry.circular and is_solvable(geometry, dtype, scattered)):
+        return ()
+    fragile = scattered and geometry.rows > CROWDED * geometry.columns
+    return (Way(partial(undo_circular, geometry, scattered), fragile=fragile),)
 
 
 def _solve(problem: Problem, number: int, result: Tensor, weight: Tensor, *others: Tensor) -> Tensor:

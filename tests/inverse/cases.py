@@ -319,6 +319,10 @@ def _by_hand(x: Tensor, w: Tensor) -> Tensor:
     return F.conv1d(torch.cat([x[..., -1:], x, torch.zeros_like(x[..., :1])], -1), w, stride=2)
 
 
+def _transposed_and_cropped(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.conv_transpose1d(x, w, b, stride=2)[..., :-1]
+
+
 PADDED = [
     Case("padded behind", _padded((0, 1, 0, 1), stride=2), "b466 2433 2", invert=False),
     Case("padded behind, odd sizes", _padded((0, 1, 0, 1), stride=2), "b457 2433", invert=False),
@@ -352,7 +356,31 @@ PADDED = [
         False,
         False,
     ),
+    Case("transposed and cropped, with bias", _transposed_and_cropped, "b25 223 2", vijp=False),
     Case("transposed of padded", lambda x, w: F.conv_transpose1d(F.pad(x, (1, 1)), w), "b27 243", vijp=False),
+]
+
+
+def _circular(pads: tuple[int, ...], **settings: object) -> object:
+    return _padded(pads, "circular", **settings)
+
+
+CIRCULAR = [
+    Case("circular", _circular((1, 1, 1, 1)), "b245 2233 2"),
+    Case("circular in one dimension", _circular((1, 1)), "b36 333"),
+    Case("circular in three dimensions", _circular((1, 1) * 3), "b2345 22333 2"),
+    Case("circular to one side", _circular((3, 0, 0, 2)), "b245 2234"),
+    Case("circular, dilated", _circular((2, 2), dilation=2), "b25 223"),
+    Case("circular, grouped", _circular((1, 1, 1, 1), groups=2), "b445 4233"),
+    Case("circular, depthwise", _circular((1, 1, 1, 1), groups=3), "b345 3133 3"),
+    Case("circular, along one side", _circular((1, 1, 0, 0)), "b245 2213"),
+    Case("circular, narrowing", _circular((1, 1, 1, 1)), "b645 2633", invert=False),
+    Case("circular, widening", _circular((1, 1, 1, 1)), "b245 4233", vijp=False),
+    Case("circular, all around", _circular((5, 1)), "b25 227"),
+    Case("circular by hand", lambda x, w: F.conv1d(torch.cat([x[..., -1:], x, x[..., :1]], -1), w), "b25 223"),
+    Case("circular, and zeros beyond", _circular((1, 1), padding=1), "b27 225", invert=False),
+    Case("circular, strided", _circular((1, 1), stride=2), "b27 223", invert=False),
+    Case("circular, too short", _circular((1, 0)), "b27 223", invert=False),
 ]
 
 
@@ -566,6 +594,7 @@ CASES = [
     *FRAGMENTS,
     *ITERATED,
     *PADDED,
+    *CIRCULAR,
     *NORMALIZATION,
     *REFUSED,
     *COMPOSITE,
