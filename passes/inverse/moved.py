@@ -17,7 +17,7 @@ from .regions import Reader
 
 Place = tuple[int, ...] | None  # the source's indices that add up there; None: whatever memory held
 Side = tuple[Place, ...]
-MOST_VALUES = 200  # that are looked at around one value
+MOST_VALUES = 100  # that are looked at around one value
 
 
 class _Unknown(Exception):
