@@ -43,11 +43,14 @@ def _of_convolution(reader: Reader, edge: Edge, argument: int, weight: int) -> I
     scattered = backward != reader.args(edge)[7 if backward else 6]
     bias = None if backward else reader.value(edge, 2)
     padded = result if scattered else argument
+    same = whole(reader.shape(padded))
     for value, moved in targets(reader, result) if scattered else sources(reader, argument):
-        if moved == whole(reader.shape(padded)) or (bias is not None and scattered and not _selects(moved)):
+        if moved == same or (bias is not None and scattered and not _selects(moved)):
             continue
         if not scattered:
             moved = Moved(tuple(map(transposed, moved.sides, reader.shape(value))))
+        if moved.sides[:2] != same.sides[:2]:
+            continue  # some samples or channels alone
         solved, known, features = (argument, value, argument) if scattered else (value, result, result)
         given = (known, weight) if bias is None else (known, weight, bias)
         geometry = _geometry(reader, edge, value, moved, weight, features)
@@ -66,7 +69,7 @@ def _geometry(reader: Reader, edge: Edge, image: int, moved: Moved, weight: int,
     first = 4 if edge.label == "convolution_backward" else 3
     fakes = (reader.capture.fake(value) for value in (weight, image, features))
     geometry = geometry_of(reader.args(edge)[first : first + 6], *fakes)
-    if geometry is None or moved.sides[:2] != whole(reader.shape(image)[:2]).sides:
+    if geometry is None:
         return None
     shifts = tuple(map(_shift, moved.sides[2:]))
     sides = [_side(geometry, axis, *of) for axis, of in enumerate(zip(moved.sides[2:], shifts, strict=True))]

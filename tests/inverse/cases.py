@@ -357,6 +357,8 @@ PADDED = [
         False,
     ),
     Case("transposed and cropped, with bias", _transposed_and_cropped, "b25 223 2", vijp=False),
+    Case("padded, some channels", lambda x, w: F.conv1d(torch.cat([x, x.exp()], 1), w), "b27 243", False, False),
+    Case("padded, some samples", lambda x, w: F.conv1d(torch.cat([x, x.exp()]), w, stride=2), "b27 223", False, False),
     Case("transposed of padded", lambda x, w: F.conv_transpose1d(F.pad(x, (1, 1)), w), "b27 243", vijp=False),
 ]
 
