@@ -10,6 +10,12 @@ from itertools import pairwise
 from .graph import Edge, Graph
 from .joining import joined_cuts
 
+SHAPED = frozenset(  # made from the shape of what they read
+    f"{prefix}{name}{suffix}"
+    for name in ("empty", "zeros", "ones", "full")
+    for prefix, suffix in (("new_", ""), ("", "_like"), ("new_", "_strided"))
+)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -121,12 +127,13 @@ def assign_backward(graph: Graph, forward_block: dict[int, int], count: int) -> 
 
     An edge belongs to the block of its forward operation (tied by `sequence`), but never to a later block than its
     cotangents. The sum that accumulates a fan-out carries a sequence of its own: it goes where its last summand is.
-    A constant, made from no input, carries the sequence of the operation before it: that says nothing.
+    A constant, made from no input or from its shape alone, carries the sequence of the operation before it: that says
+    nothing.
     """
     by_sequence: dict[int, int] = {}
     constants: set[int] = set()
     for edge in graph.stage_edges("forward"):
-        if constants.issuperset(edge.needs):
+        if constants.issuperset(edge.needs) or edge.label in SHAPED:
             constants.update(edge.gives)
         elif edge.sequence is not None and edge.gives and edge.gives[0] in forward_block:
             block = forward_block[edge.gives[0]]

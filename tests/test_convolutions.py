@@ -30,19 +30,26 @@ def orthogonal(*arguments: int, **settings: int) -> nn.Conv2d:
     return layer
 
 
-def encoder() -> nn.Module:
-    """Patches, grouped 1x1 convolutions and one whose patches overlap, so that only some taps have a single owner."""
-    layers = [orthogonal(3, 12, 2, stride=2)]
-    layers += [orthogonal(12, 12, 1, groups=2) for _ in range(24)]
-    layers += [orthogonal(12, 12, 4, stride=3), orthogonal(12, 12, 1), orthogonal(12, 12, 1)]
-    return nn.Sequential(*(part for layer in layers for part in (layer, Abs())))
+class Pad(nn.Module):
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, 1, 0, 1) if self.mode == "constant" else (1, 1, 1, 1), self.mode)
 
 
-def test_moonwalk_through_strided_and_grouped_convolutions() -> None:
-    torch.manual_seed(0)
-    model, x = encoder(), torch.randn(8, 3, 38, 38)
+def behind_patches(*last: nn.Module) -> nn.Module:
+    """Patches and grouped 1x1 convolutions, which nobody keeps the values of, and then `last`."""
+    layers = [orthogonal(3, 12, 2, stride=2), *(orthogonal(12, 12, 1, groups=2) for _ in range(24)), *last]
+    parts = [(layer,) if isinstance(layer, Pad) else (layer, Abs()) for layer in layers]
+    return nn.Sequential(*(part for pair in parts for part in pair))
+
+
+def moonwalk_names(model: nn.Module, x: Tensor, other: str, slowdown: float) -> list[str]:
+    """Trains by moonwalk, compares the gradients, and says which segments there are."""
     ours = moonwalk_compile(
-        copy.deepcopy(model), strategies=("moonwalk", "checkpoint"), lowering="eager", max_slowdown=4
+        copy.deepcopy(model), strategies=("moonwalk", other), lowering="eager", max_slowdown=slowdown
     )
     for _ in range(2):
         for net in (model, ours):
@@ -50,8 +57,47 @@ def test_moonwalk_through_strided_and_grouped_convolutions() -> None:
             (net(x) - 1).square().sum().backward()
         assert gradient_error(gradients(ours), gradients(model)) < 1e-4
     assert ours.plan is not None
-    names = [segment.name for segment in ours.plan.segments if segment.strategy == "moonwalk"]
+    return [segment.name for segment in ours.plan.segments if segment.strategy == "moonwalk"]
+
+
+def test_moonwalk_through_strided_and_grouped_convolutions() -> None:
+    """The patches of one overlap, so that only some taps have a single owner."""
+    torch.manual_seed(0)
+    model = behind_patches(orthogonal(12, 12, 4, stride=3), orthogonal(12, 12, 1), orthogonal(12, 12, 1))
+    names = moonwalk_names(model, torch.randn(8, 3, 38, 38), "checkpoint", 4)
     assert any(name.endswith(("50", "52", "54")) for name in names), names  # 50 is the one with stride 3
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+def test_moonwalk_through_padded_convolutions(mode: str) -> None:
+    torch.manual_seed(0)
+    model = behind_patches(Pad(mode), orthogonal(12, 10, 3, stride=2), *(orthogonal(10, 10, 1) for _ in range(24)))
+    names = moonwalk_names(model, torch.randn(8, 3, 40, 40), "keep", 10)
+    places = [tuple(map(int, name.split(" to "))) for name in names if " to " in name]
+    assert any(first < 51 < last for first, last in places), names  # 51 is behind the padding
+
+
+def circular(channels: int, *sides: int) -> nn.Conv1d | nn.Conv2d:
+    """Near the identity: random kernels are badly conditioned."""
+    make = nn.Conv2d if len(sides) == 2 else nn.Conv1d
+    layer = make(channels, channels, sides, padding="same", padding_mode="circular")
+    nn.init.dirac_(layer.weight)
+    layer.weight.data += 0.02 * torch.randn_like(layer.weight)
+    return layer
+
+
+@pytest.mark.parametrize("sides", [(3,), (3, 3), (5, 2)])
+def test_circular_convolutions_are_inverted(sides: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layers = [circular(8, *sides) for _ in range(8)]
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.LeakyReLU(0.9))))
+    ours = moonwalk_compile(copy.deepcopy(model), strategies=("invert", "keep"), lowering="eager", max_slowdown=100)
+    x = torch.randn(64, 8, *[12] * len(sides))
+    for net in (model, ours):
+        (net(x) - 1).square().sum().backward()
+    assert gradient_error(gradients(ours), gradients(model)) < 1e-5
+    assert ours.plan is not None
+    assert any(segment.strategy == "invert" for segment in ours.plan.segments), ours.plan
 
 
 WAYS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...]]] = {
@@ -59,6 +105,8 @@ WAYS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...]]] 
     "3x3, stride 2": (lambda x, w: F.conv2d(x, w, None, 2, 1), (2, 4, 12, 12), (4, 4, 3, 3)),
     "3x3, narrowing": (lambda x, w: F.conv2d(x, w, None, 1, 1), (2, 8, 9, 9), (4, 8, 3, 3)),
     "grouped": (lambda x, w: F.conv2d(x, w, None, 1, 1, groups=2), (2, 8, 9, 9), (4, 4, 3, 3)),
+    "padded": (lambda x, w: F.conv2d(F.pad(x, (1, 1, 1, 1)), w), (2, 8, 9, 9), (4, 8, 3, 3)),
+    "circular": (lambda x, w: F.conv2d(F.pad(x, (1, 1, 1, 1), "circular"), w), (2, 4, 9, 9), (4, 4, 3, 3)),
     "one dimension": (lambda x, w: F.conv1d(x, w, None, 2, 2, 2), (2, 4, 13), (2, 4, 3)),
 }
 
@@ -74,7 +122,7 @@ def test_every_way_leads_to_the_same_cotangent(way: str) -> None:
     edges = all_edges(capture)
     ways = [edge for edge in edges if cotangent in edge.gives and edge.kind == "inverse"]
     fragments = take_fragments(edges, truth)
-    assert len(ways) == 2
+    assert len(ways) == {"padded": 4, "circular": 3}.get(way, 2)  # some start from the gradient of the padded image
     for edge in ways:
         found = run_edges([edge], {**truth, **fragments})[cotangent]
         assert (found - truth[cotangent]).norm() < 1e-6 * truth[cotangent].norm()

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from .geometry import Geometry
 from .lattice import Lattice, Solver
 
+BORDER = 0.7  # unknowns per equation where a part of what a cluster reads is outside of the image
+
 
 @dataclass(frozen=True)
 class Clusters:
@@ -72,10 +74,10 @@ class Clusters:
 
     @property
     def is_possible(self) -> bool:
-        """Enough equations for every cluster, for each of its outputs, and taps that leave no holes."""
+        """Enough equations for each output, more than enough for every cluster, and taps that leave no holes."""
         sides = zip(self.geometry.features, self.geometry.kernel, self.geometry.stride, strict=True)
         apart = all(size >= self.length and k > s for size, k, s in sides) and set(self.geometry.dilation) == {1}
-        return apart and Solver(self.geometry, Lattice(self.period)).is_possible and self.inner.is_possible
+        return apart and Solver(self.geometry, Lattice(self.period)).is_possible and self.inner.is_roomy(BORDER)
 
     def flops(self) -> float:
         """Floating-point operations of the pseudo-inverses."""

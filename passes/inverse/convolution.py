@@ -8,9 +8,11 @@ A convolution is a linear map A from an image to features (`geometry`). Two ques
 - x from A x (the input of a convolution, the vijp of a transposed one): one matrix per patch where patches tile the
   image; or by iteration where there are clearly more features than image elements.
 
+Images that another operation pads or crops are solved together with that (`padded`).
+
 Refused: the input of a square overlapping convolution (singular values of 1e-4). Triangular kernels could be solved by
-substitution, but that a kernel is masked is a matter of values, which no rule sees. Circular convolutions could be
-solved by Fourier transform, but their padding arrives as a score of slices, copies and scatters.
+substitution, but that a kernel is masked is a matter of values, which no rule sees. Circular ones are solved by
+Fourier transform (`circular`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..graph import Ref
@@ -34,22 +37,23 @@ class Way:
 
     function: Callable[..., Tensor]
     take: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    fragile: bool = False
 
 
-def undo_scattering(geometry: Geometry, argument: Tensor, fragments: bool) -> Iterator[Way]:
+def undo_scattering(geometry: Geometry, batch: int, dtype: torch.dtype, fragments: bool) -> Iterator[Way]:
     """h from A^T h."""
-    solver = solver_with_fragment(geometry, len(argument)) if fragments else direct_solver(geometry)
+    solver = solver_with_fragment(geometry, batch) if fragments else direct_solver(geometry)
     if solver is not None:
         take = solver.take
         yield Way(solver.solve, (lambda h: take(h)) if solver.kept else None)
     if solver is None or solver.kept:
-        yield from map(Way, iterated(geometry, len(argument), True, argument.dtype))
+        yield from map(Way, iterated(geometry, batch, True, dtype))
 
 
-def undo_gathering(geometry: Geometry, argument: Tensor) -> Iterator[Way]:
+def undo_gathering(geometry: Geometry, batch: int, dtype: torch.dtype) -> Iterator[Way]:
     """x from A x."""
     if not _tiles(geometry):
-        yield from map(Way, iterated(geometry, len(argument), False, argument.dtype))
+        yield from map(Way, iterated(geometry, batch, False, dtype))
     elif geometry.columns * math.prod(geometry.kernel) <= geometry.rows:
         yield Way(lambda y, weight: geometry.scatter(y, left_kernel(weight, geometry.groups)))
 
@@ -59,7 +63,7 @@ def _tiles(geometry: Geometry) -> bool:
     g = geometry
     apart = all(k == s and (d == 1 or k == 1) for k, s, d in zip(g.kernel, g.stride, g.dilation, strict=True))
     sides = zip(g.image, g.features, g.stride, g.padding, strict=True)
-    return apart and all(0 <= n + 2 * p - o * s <= p for n, o, s, p in sides)
+    return apart and all(p >= 0 and n + p <= o * s for n, o, s, p in sides)
 
 
 def convolution(call: Call) -> Iterator[Recipe]:
@@ -70,17 +74,18 @@ def convolution(call: Call) -> Iterator[Recipe]:
         return
     transposed = call.args[6]
     image, features = (result, source) if transposed else (source, result)
-    geometry = geometry_of(call, kernel, 3, image, features)
+    geometry = geometry_of(call.args[3:9], kernel, image, features)
     if geometry is None:
         return
-    for way in undo_scattering(geometry, source, False) if transposed else undo_gathering(geometry, source):
+    problem = (geometry, len(source), source.dtype)
+    for way in undo_scattering(*problem, fragments=False) if transposed else undo_gathering(*problem):
         if isinstance(bias, Ref):
-            yield Recipe((x.slot,), _without_bias(way.function), (weight.slot, bias.slot))
+            yield Recipe((x.slot,), without_bias(way.function), (weight.slot, bias.slot))
         else:
             yield Recipe((x.slot,), way.function, (weight.slot,))
 
 
-def _without_bias(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def without_bias(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def solve(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return function(y - bias.view([-1] + [1] * (weight.dim() - 2)), weight)
 
@@ -95,10 +100,11 @@ def convolution_backward(call: Call) -> Iterator[Recipe]:
         return
     transposed = call.args[7]
     image, features = (cotangent, gradient) if transposed else (gradient, cotangent)
-    geometry = geometry_of(call, kernel, 4, image, features)
+    geometry = geometry_of(call.args[4:10], kernel, image, features)
     if geometry is None:
         return
-    for way in undo_gathering(geometry, cotangent) if transposed else undo_scattering(geometry, cotangent, True):
+    problem = (geometry, len(cotangent), cotangent.dtype)
+    for way in undo_gathering(*problem) if transposed else undo_scattering(*problem, fragments=True):
         yield Recipe((h.slot,), way.function, (weight.slot,), (0,), fragment=way.take)
 
 

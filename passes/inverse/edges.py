@@ -19,6 +19,7 @@ from ..trace import storage_bytes, trace_operations
 from . import convolution, erasing, linear, normalization, pointwise, pooling, shape
 from .constants import Constants, constant_regions, divides_by_mask
 from .orthogonal import orthogonal_values
+from .padded import find_padded
 from .rank_one import find_rank_one
 from .regions import find_regions
 from .rule import Call, Recipe, Region, Rule, result_places
@@ -277,6 +278,7 @@ def inverse_edges(
     regions = (
         *find_regions(capture),
         *find_rank_one(capture),
+        *find_padded(capture),
         *find_input_gradients(capture),
         *constant_regions(capture, known),
     )

@@ -99,7 +99,7 @@ def iterated(
     """`function(result, weight)` if a matching of unknowns and equations shows that shapes allow a solution."""
     crowding = _scattered_crowding(geometry) if scattered else _gathered_crowding(geometry)
     fewest = [count for most, count in _ITERATIONS if crowding <= most][:1]
-    if not fewest or dtype not in _DIGITS:
+    if not fewest or dtype not in _DIGITS or any(geometry.spoilt):
         return
     iterations = fewest[0] * _DIGITS[dtype]
     channels = geometry.feature_channels if scattered else geometry.image_channels

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from .geometry import Geometry, right_kernel
 
 Tap = tuple[int, ...]
-Box = tuple[range, ...]
 ROOMY = 0.4  # unknowns per equation, below which more equations would gain little
 
 
@@ -78,11 +77,11 @@ def _interleave(parts: Sequence[Tensor], dim: int, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbours along one dimension, `count` from the `first` on, that see the same taps inside of the image."""
+    """Neighbours along one dimension, `count` from the `first` on, that see the same sound taps inside of the image."""
 
     first: int
     count: int
-    taps: range
+    taps: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -143,10 +142,15 @@ class Solver:
 
     @property
     def is_possible(self) -> bool:
-        """Whether every output has as many equations as unknowns, those at the border included."""
-        return bool(self.taps) and all(self._fits(piece) for pieces in self.pieces.values() for piece in pieces)
+        """Whether every output has as many equations as unknowns."""
+        return self.is_roomy(1.0)
 
-    def _fits(self, piece: _Piece, crowding: float = 1.0) -> bool:
+    def is_roomy(self, crowding: float) -> bool:
+        """Whether no output, those at the border included, has more unknowns per equation."""
+        pieces = (piece for pieces in self.pieces.values() for piece in pieces)
+        return bool(self.taps) and all(self._fits(piece, crowding) for piece in pieces)
+
+    def _fits(self, piece: _Piece, crowding: float) -> bool:
         return self.geometry.rows <= crowding * self.geometry.columns * len(piece.taps)
 
     @cached_property
@@ -157,8 +161,7 @@ class Solver:
     def _pieces(self, offset: Tap) -> list[_Piece]:
         runs = [self._runs(axis, first) for axis, first in enumerate(offset)]
         joined = [
-            _Run(0, sum(run.count for run in of), range(max(r.taps.start for r in of), min(r.taps.stop for r in of)))
-            for of in runs
+            _Run(0, sum(run.count for run in of), frozenset.intersection(*(run.taps for run in of))) for of in runs
         ]
         alike = self._piece(offset, joined)
         if self._fits(alike, ROOMY) or all(len(of) == 1 for of in runs):
@@ -167,11 +170,11 @@ class Solver:
 
     def _runs(self, axis: int, offset: int) -> list[_Run]:
         g, period = self.geometry, self.lattice.periods[axis]
-        n, s, p, d, k = g.image[axis], g.stride[axis], g.padding[axis], g.dilation[axis], g.kernel[axis]
+        s, p, d, k = g.stride[axis], g.padding[axis], g.dilation[axis], g.kernel[axis]
+        sound = set(range(g.image[axis])) - (g.spoilt[axis] if g.spoilt else frozenset())
 
-        def inside(output: int) -> range:
-            before = output * s - p
-            return range(min(k, max(0, -(before // d))), max(0, min(k, (n - 1 - before) // d + 1)))
+        def inside(output: int) -> frozenset[int]:
+            return frozenset(t for t in range(k) if output * s - p + t * d in sound)
 
         outputs = range(offset, g.features[axis], period)
         found: list[_Run] = []
@@ -201,21 +204,23 @@ class Solver:
         solved = {offset: self._solve_class(g, kernels, offset) for offset in self.lattice.solved}
         return self.lattice.assemble({**kept, **solved}, sizes)
 
-    def _kernels(self, weight: Tensor) -> dict[Box, Tensor]:
+    def _kernels(self, weight: Tensor) -> dict[frozenset[Tap], Tensor]:
         """The inverse of every piece; many are alike."""
-        unused = [tap not in self.taps for tap in product(*map(range, self.geometry.kernel))]
-        weight = _blanked(weight, unused)
-        boxes = dict.fromkeys(piece.box for pieces in self.pieces.values() for piece in pieces)
-        return {box: right_kernel(_cut(weight, box), self.geometry.groups) for box in boxes}
+        boxes = {piece.taps: piece.box for pieces in self.pieces.values() for piece in pieces}
+        return {taps: self._kernel(weight, taps, box) for taps, box in boxes.items()}
+
+    def _kernel(self, weight: Tensor, taps: frozenset[Tap], box: Sequence[range]) -> Tensor:
+        unused = [tap not in taps for tap in product(*box)]
+        return right_kernel(_blanked(_cut(weight, box), unused), self.geometry.groups)
 
     def _blank(self, g: Tensor, offset: Tap) -> Tensor:
         sides = zip(self.geometry.features, offset, self.lattice.periods, strict=True)
         counts = [len(range(first, size, period)) for size, first, period in sides]
         return g.new_zeros(g.shape[0], self.geometry.feature_channels, *counts)
 
-    def _solve_class(self, g: Tensor, kernels: dict[Box, Tensor], offset: Tap) -> Tensor:
+    def _solve_class(self, g: Tensor, kernels: dict[frozenset[Tap], Tensor], offset: Tap) -> Tensor:
         runs = [len({p.start[axis] for p in self.pieces[offset]}) for axis in range(len(self.geometry.kernel))]
-        parts = [self._solve_piece(g, kernels[piece.box], piece) for piece in self.pieces[offset]]
+        parts = [self._solve_piece(g, kernels[piece.taps], piece) for piece in self.pieces[offset]]
         for axis in reversed(range(len(runs))):
             parts = [_joined(parts[i : i + runs[axis]], axis + 2) for i in range(0, len(parts), runs[axis])]
         return parts[0]

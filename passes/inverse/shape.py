@@ -91,7 +91,7 @@ def pixel_unshuffle(call: Call) -> Iterator[Recipe]:
     yield from _first(call, lambda y: torch.pixel_shuffle(y, call.args[1]))
 
 
-def constant_pad_nd(call: Call) -> Iterator[Recipe]:
+def pad(call: Call) -> Iterator[Recipe]:
     """Padding is undone by cropping; cropping (a negative pad) erases."""
     pads = list(call.args[1])
     if min(pads, default=0) >= 0:
@@ -179,7 +179,9 @@ RULES: dict[str, Rule] = {
     "cumsum": cumsum,
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_unshuffle,
-    "constant_pad_nd": constant_pad_nd,
+    **dict.fromkeys(
+        ("constant_pad_nd", *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3))), pad
+    ),
     "repeat": repeat,
     "slice_backward": slice_backward,
     "select_backward": select_backward,

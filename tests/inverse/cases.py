@@ -170,6 +170,17 @@ SHAPE = [
     Case("repeat never", lambda x: torch.cat([x, x.repeat(0, 1)]), "bn"),
     Case("pad", lambda x: F.pad(x, (1, 2, 0, 1)), "bnk", vijp=False),
     Case("crop", lambda x: F.pad(x, (-1, 0)), "bn", invert=False),
+    *(
+        Case(
+            f"{mode} in {n} dimensions",
+            lambda x, n=n, mode=mode: F.pad(x, (1, 2) * n, mode),
+            "bn456"[: n + 2],
+            True,
+            False,
+        )
+        for mode in ("reflect", "replicate")
+        for n in (1, 2, 3)
+    ),
     Case("one slice", lambda x: x[:, 1:] * 2, "bn", invert=False),
     Case("one selection", lambda x: x[:, 1] * 2, "bn", invert=False),
     Case("cat", lambda x: torch.cat([x, x.exp()], 1), "bn", vijp=False),
@@ -297,6 +308,84 @@ ITERATED = [
 ]
 
 
+def _padded(pads: tuple[int, ...], mode: str = "constant", **settings: object) -> object:
+    return lambda x, w, b=None: _CONVOLVE[x.dim()](F.pad(x, pads, mode), w, b, **settings)
+
+
+_CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+def _by_hand(x: Tensor, w: Tensor) -> Tensor:
+    return F.conv1d(torch.cat([x[..., -1:], x, torch.zeros_like(x[..., :1])], -1), w, stride=2)
+
+
+def _transposed_and_cropped(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.conv_transpose1d(x, w, b, stride=2)[..., :-1]
+
+
+PADDED = [
+    Case("padded behind", _padded((0, 1, 0, 1), stride=2), "b466 2433 2", invert=False),
+    Case("padded behind, odd sizes", _padded((0, 1, 0, 1), stride=2), "b457 2433", invert=False),
+    Case("padded behind, grouped", _padded((0, 1, 0, 1), stride=2, groups=2), "b866 4433", invert=False),
+    Case("padded behind, in three dimensions", _padded((0, 1) * 3, stride=2), "b4646 24333", invert=False),
+    Case("padded behind, checkerboard", _padded((0, 1, 0, 1), stride=2), "b266 4233", invert=False),
+    Case("padded twice", _padded((1, 0), stride=2, padding=1), "b48 243", invert=False),
+    Case("padded far", _padded((2, 5), stride=2, dilation=2), "b48 243", invert=False),
+    Case("padded and cropped", _padded((1, -2), stride=2), "b48 242", invert=False),
+    Case("padded on both sides", _padded((1, 1), stride=2), "b48 243", invert=False),
+    Case("padded with ones", lambda x, w: F.conv1d(F.pad(x, (1, 1), value=1.0), w), "b27 423", invert=False),
+    Case("padded, clusters", _padded((0, 2, 1, 1)), "8299 2233", invert=False),
+    Case("causal", _padded((2, 0)), "b27 223", invert=False),
+    Case("causal, narrowing", _padded((2, 0)), "b27 123", invert=False),
+    Case("causal, widening", _padded((4, 0), dilation=2), "b27 423 4", vijp=False),
+    Case("uneven, widening", _padded((1, 2)), "b27 424 4"),
+    Case("patchify, padded by another", _padded((1, 1, 0, 2), stride=2), "b244 8222 8", vijp=False),
+    Case("reflected", _padded((1, 1, 1, 1), "reflect", stride=2), "b466 2433 2", invert=False),
+    Case("reflected, odd sizes", _padded((1, 1), "reflect", stride=2), "b47 243", invert=False),
+    Case("reflected, fragments", _padded((1, 1, 1, 1), "reflect"), "8299 2233", invert=False),
+    Case("replicated", _padded((0, 2), "replicate", stride=2), "b48 244", invert=False),
+    Case("replicated before", _padded((1, 1), "replicate", stride=2), "b48 243", invert=False),
+    Case("circular, strided", _padded((1, 1, 1, 1), "circular", stride=2), "b466 2433 2", invert=False),
+    Case("circular, strided, by hand", _by_hand, "b48 243", invert=False),
+    Case("patchify, reflected", _padded((1, 1), "reflect", stride=2), "b26 422", vijp=False),
+    Case("transposed and cropped", lambda x, w: F.conv_transpose1d(x, w, stride=2)[..., :-1], "b25 223", vijp=False),
+    Case(
+        "transposed and cropped, fitting",
+        lambda x, w: F.conv_transpose1d(x, w, stride=2)[..., 1:-1],
+        "b45 423",
+        False,
+        False,
+    ),
+    Case("transposed and cropped, with bias", _transposed_and_cropped, "b25 223 2", vijp=False),
+    Case("padded, some channels", lambda x, w: F.conv1d(torch.cat([x, x.exp()], 1), w), "b27 243", False, False),
+    Case("padded, some samples", lambda x, w: F.conv1d(torch.cat([x, x.exp()]), w, stride=2), "b27 223", False, False),
+    Case("transposed of padded", lambda x, w: F.conv_transpose1d(F.pad(x, (1, 1)), w), "b27 243", vijp=False),
+]
+
+
+def _circular(pads: tuple[int, ...], **settings: object) -> object:
+    return _padded(pads, "circular", **settings)
+
+
+CIRCULAR = [
+    Case("circular", _circular((1, 1, 1, 1)), "b245 2233 2"),
+    Case("circular in one dimension", _circular((1, 1)), "b36 333"),
+    Case("circular in three dimensions", _circular((1, 1) * 3), "b2345 22333 2"),
+    Case("circular to one side", _circular((3, 0, 0, 2)), "b245 2234"),
+    Case("circular, dilated", _circular((2, 2), dilation=2), "b25 223"),
+    Case("circular, grouped", _circular((1, 1, 1, 1), groups=2), "b445 4233"),
+    Case("circular, depthwise", _circular((1, 1, 1, 1), groups=3), "b345 3133 3"),
+    Case("circular, along one side", _circular((1, 1, 0, 0)), "b245 2213"),
+    Case("circular, narrowing", _circular((1, 1, 1, 1)), "b645 2633", invert=False),
+    Case("circular, widening", _circular((1, 1, 1, 1)), "b245 4233", vijp=False),
+    Case("circular, all around", _circular((5, 1)), "b25 227"),
+    Case("circular by hand", lambda x, w: F.conv1d(torch.cat([x[..., -1:], x, x[..., :1]], -1), w), "b25 223"),
+    Case("circular, and zeros beyond", _circular((1, 1), padding=1), "b27 225", invert=False),
+    Case("circular, strided", _circular((1, 1), stride=2), "b27 223", invert=False),
+    Case("circular, too short", _circular((1, 0)), "b27 223", invert=False),
+]
+
+
 def _root_mean_square(x: Tensor, dims: tuple[int, ...], epsilon: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dims, keepdim=True) + epsilon)
 
@@ -393,14 +482,13 @@ REFUSED = [
     Case("rounding", lambda x: torch.div(x, 2, rounding_mode="floor") + 0 * x, "bn", invert=False),
     Case("overlapping slices", lambda x: torch.cat([x[:, :3], x[:, 2:]], 1), "b6", invert=False, vijp=False),
     Case("a hole", lambda x: torch.cat([x[:, :2], x[:, 3:]], 1), "b6", invert=False),
-    Case("circular", lambda x, w: F.conv2d(_circular(x), w), "b255 2233", invert=False, vijp=False),
-    Case("causal", lambda x, w: F.conv1d(F.pad(x, (2, 0)), w), "b27 223", invert=False, vijp=False),
+    Case("cylindrical", lambda x, w: F.conv2d(F.pad(_circular_rows(x), (1, 1)), w), "b255 2233", invert=False),
     Case("gather", lambda x: x.gather(1, torch.zeros_like(x, dtype=torch.int64)), "bn", invert=False, vijp=False),
 ]
 
 
-def _circular(x: Tensor) -> Tensor:
-    return F.pad(x, (1, 1, 1, 1), mode="circular")
+def _circular_rows(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 0, 1, 1), mode="circular")
 
 
 def _maxmin_of_three(x: Tensor) -> Tensor:
@@ -507,6 +595,8 @@ CASES = [
     *STRIDED,
     *FRAGMENTS,
     *ITERATED,
+    *PADDED,
+    *CIRCULAR,
     *NORMALIZATION,
     *REFUSED,
     *COMPOSITE,

@@ -81,10 +81,11 @@ def test_what_is_computed_from_nothing_is_known() -> None:
     ask(lambda x: x[:, torch.arange(4) // 2].exp(), (), False)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
 @pytest.mark.parametrize("scale", [2, 3, (1, 4)])
-def test_upsampling_to_the_nearest_is_undone(scale: int | tuple[int, int]) -> None:
+def test_upsampling_to_the_nearest_is_undone(scale: int | tuple[int, int], mode: str) -> None:
     def upsampled(x: Tensor) -> Tensor:
-        return F.interpolate(x[None, None], scale_factor=scale, mode="nearest").exp()
+        return F.interpolate(x[None, None], scale_factor=scale, mode=mode).exp()
 
     assert "inverse of repeated elements" in ask(upsampled, (), True)
 

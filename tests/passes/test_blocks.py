@@ -156,6 +156,22 @@ def test_a_backward_edge_is_never_in_a_later_block_than_its_cotangents():
     assert [edge.gives[0] for edge in blocks[0].backward] == [g0, strayed]
 
 
+def test_what_is_made_from_a_shape_says_nothing_of_the_backward_pass():
+    """It carries the sequence of the operation before it, which is in another block."""
+    hand = Hand()
+    x, w = hand.input("x", 4), hand.input("w", 1, "parameter")
+    tangent = hand.input("h", 4, "tangent")
+    first = hand.call("mm", [x, w], 4, expensive=True, sequence=0)
+    blank = hand.call("new_empty", [first], 8, sequence=0)
+    padded = hand.call("slice_scatter", [blank, first], 8, sequence=1)
+    second = hand.call("mm", [padded, w], 4, expensive=True, sequence=2)
+    g1 = hand.call("mm", [tangent, w], 4, stage="backward", expensive=True, sequence=2)
+    g0 = hand.call("mm", [g1, w], 4, stage="backward", expensive=True, sequence=0)
+    blocks = find_blocks(hand.graph([second], [g0]))
+    assert forward_labels(blocks) == [["mm"], ["new_empty", "slice_scatter", "mm"]]
+    assert [[edge.gives[0] for edge in block.backward] for block in blocks] == [[g0], [g1]]
+
+
 def test_late_edges_live_with_what_they_read():
     hand = Hand()
     x, w = hand.input("x", 4), hand.input("w", 1, "parameter")
