@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 from typing import Any
 
 from ..graph import Edge, Ref
-from .regions import Reader
+from .reader import Reader
 
 Place = tuple[int, ...] | None  # the source's indices that add up there; None: whatever memory held
 Side = tuple[Place, ...]

@@ -20,7 +20,7 @@ from .circular import is_solvable, undo_circular
 from .convolution import Way, undo_gathering, undo_scattering, without_bias
 from .geometry import Geometry, geometry_of
 from .moved import Moved, Side, sources, targets, transposed, whole
-from .regions import Reader
+from .reader import Reader
 from .rule import Region, result_places
 from .scattered import CROWDED
 
