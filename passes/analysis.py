@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -55,7 +55,7 @@ class Analysis:
     fragments: tuple[tuple[Edge, ...], ...]
     watches: tuple[tuple[Watch | None, Watch | None], ...]  # of each block's input: a value, a cotangent it receives
     fakes: Mapping[int, Any]
-    normalized: Mapping[int, Edge]  # by output: normalizations with their statistics at hand
+    normalized: Mapping[int, Edge] = field(default_factory=dict)  # by output: with the statistics at hand
 
     @cached_property
     def block_of(self) -> dict[int, int]:

@@ -96,10 +96,13 @@ def _flops(result: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: 
 def iterated(
     geometry: Geometry, batch: int, scattered: bool, dtype: torch.dtype
 ) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-    """`function(result, weight)` if a matching of unknowns and equations shows that shapes allow a solution."""
+    """`function(result, weight)` if a matching of unknowns and equations shows that shapes allow a solution.
+
+    With padding on one side alone the matching says little: a corner may hang on one tap.
+    """
     crowding = _scattered_crowding(geometry) if scattered else _gathered_crowding(geometry)
     fewest = [count for most, count in _ITERATIONS if crowding <= most][:1]
-    if not fewest or dtype not in _DIGITS or any(geometry.spoilt):
+    if not fewest or dtype not in _DIGITS or geometry.beyond is None or any(geometry.spoilt):
         return
     iterations = fewest[0] * _DIGITS[dtype]
     channels = geometry.feature_channels if scattered else geometry.image_channels
