@@ -102,7 +102,7 @@ def iterated(
     """
     crowding = _scattered_crowding(geometry) if scattered else _gathered_crowding(geometry)
     fewest = [count for most, count in _ITERATIONS if crowding <= most][:1]
-    if not fewest or dtype not in _DIGITS or geometry.beyond is None or any(geometry.spoilt):
+    if not fewest or dtype not in _DIGITS or (scattered and geometry.beyond is None) or any(geometry.spoilt):
         return
     iterations = fewest[0] * _DIGITS[dtype]
     channels = geometry.feature_channels if scattered else geometry.image_channels
