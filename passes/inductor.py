@@ -36,6 +36,7 @@ from ._torch_compat_inductor import (
     select_decomp_table,
     tracing,
 )
+from .layout import lay_out
 from .wrapper_memory import MemoryEvent, OutputStorage, ProfileUnknown, Workspace, no_workspace, peak, replay, separate
 
 __all__ = [
@@ -85,7 +86,7 @@ def lower(
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with _isolated(mode, donated):
         fakes = [separate(value, mode) for value in (*values, *constants.values())]
-        traced = _decompose(gm, list(constants), fakes, mode)
+        traced = _decompose(gm, list(constants), fakes, mode, exact_strides or ())
         _keep_strides(traced, exact_strides)
         traced.meta["donated"] = list(donated)  # for Inductor's cache key, as below
         compiled = compile_fx_inner(traced, fakes, is_backward=is_backward, static_input_idxs=static)
@@ -182,13 +183,28 @@ class _Lifted(Interpreter):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.constants[target] if target in self.constants else super().get_attr(target, args, kwargs)
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A view of an argument that arrives in another layout than was planned may have to be a copy."""
+        try:
+            return super().call_function(target, args, kwargs)
+        except (RuntimeError, ValueError):
+            if target not in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+                raise
+            return super().call_function(torch.ops.aten.reshape.default, args, kwargs)
 
-def _decompose(gm: GraphModule, constants: list[str], fakes: list[Any], mode: Any) -> GraphModule:
+
+def _decompose(
+    gm: GraphModule, constants: list[str], fakes: list[Any], mode: Any, exact: Sequence[int] = ()
+) -> GraphModule:
     """Inductor's dialect of `gm`, with one extra placeholder per constant, ready for `compile_fx_inner`."""
     arguments = len(fakes) - len(constants)
+    planned = {place: node.meta["val"].stride() for place in exact if isinstance(node := _returned(gm)[place], Node)}
 
     def run(*args: Any) -> Any:
-        return _Lifted(gm, dict(zip(constants, args[arguments:], strict=True))).run(*args[:arguments])
+        results = list(_Lifted(gm, dict(zip(constants, args[arguments:], strict=True))).run(*args[:arguments]))
+        for place, strides in planned.items():
+            results[place] = lay_out(results[place], strides)
+        return results
 
     with mode:
         traced = make_fx(run, decomposition_table=select_decomp_table())(*fakes)

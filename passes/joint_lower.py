@@ -29,7 +29,7 @@ class JointLowerer(Lowerer):
         fakes = (fake for fake in self.analysis.fakes.values() if isinstance(fake, Tensor))
         on_cpu = all(fake.device.type == "cpu" for fake in fakes)
         with kernels_in_background() if on_cpu else contextlib.nullcontext():
-            calls, lowered = self.calls(program, pieces, len(first))
+            calls, lowered, _ = self.calls(program, pieces, len(first))
         whole = replay_pieces(self.analysis, program, pieces, lowered, ())
         border = len(replay_pieces(self.analysis, program, pieces[: len(first)], lowered[: len(first)], ()).during)
         distinct = len({piece.key for piece in pieces})

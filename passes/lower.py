@@ -6,7 +6,7 @@ import contextlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from .analysis import Analysis
+from .cost import base_name
 from .emit import Schedule
-from .graph import refs_in
+from .graph import Operation, refs_in
 from .inductor import Lowered, kernels_in_background, lower
 from .liveness import Heap, Timeline, simulate
 from .pieces import Piece, cut_group, cut_pieces, group_by_block, metadata, released
@@ -35,6 +36,7 @@ class Half:
     call: Boxed
     timeline: Timeline | None = None
     pieces: int = 1
+    given: Mapping[int, Any] = field(default_factory=dict)  # by value: the layouts in which results come out
 
     @property
     def peak(self) -> int:
@@ -130,6 +132,12 @@ class Ownership:
         self.storage |= made
 
 
+def ignores_layout(operation: Operation) -> bool:
+    """Whether an operation asks for elements by their indices alone; of a user's own nothing is known."""
+    namespace = getattr(operation.target, "namespace", "aten")
+    return namespace in ("aten", "prims", "moonwalk_compile") and "strided" not in base_name(operation.target)
+
+
 class Lowerer:
     """Lowers programs; every distinct piece is compiled once, also across plans of the same step."""
 
@@ -138,12 +146,18 @@ class Lowerer:
     ) -> None:
         self.analysis, self.root, self.lowering, self.workspace = analysis, root, lowering, workspace
         self.compiled: dict[object, Lowered] = {}
+        self.given: Mapping[int, Any] = {}  # what the forward half hands over in a layout of its own
+        self.exact = {*analysis.graph.output_values, *analysis.graph.gradient_values}
+        self.free = all(ignores_layout(op) for edge in analysis.graph.edges for op in edge.operations)
         self.too_large: set[bool] = set()  # whether the backward half, or the forward half, was when lowered whole
 
     def halves(self, schedule: Schedule, pinned: Sequence[int], aim: Aim) -> tuple[Half, Half]:
         on_cpu = all(fake.device.type == "cpu" for fake in self.analysis.fakes.values() if isinstance(fake, Tensor))
+        self.given = {}
         with kernels_in_background() if on_cpu else contextlib.nullcontext():
-            return self.half(schedule.forward, False, (), aim), self.half(schedule.backward, True, pinned, aim)
+            forward = self.half(schedule.forward, False, (), aim)
+            self.given = forward.given
+            return forward, self.half(schedule.backward, True, pinned, aim)
 
     def half(self, program: Program, is_backward: bool, pinned: Sequence[int], aim: Aim) -> Half:
         """Whole if it is small or if its blocks hardly repeat, and fits; or block by block, or these cut up.
@@ -181,16 +195,20 @@ class Lowerer:
         self, program: Program, pieces: Sequence[Piece], is_backward: bool, pinned: Sequence[int]
     ) -> tuple[Half, int]:
         """With the number of the piece that has the peak."""
-        calls, lowered = self.calls(program, pieces, 0 if is_backward else len(pieces))
+        calls, lowered, fakes = self.calls(program, pieces, 0 if is_backward else len(pieces))
         timeline = replay_pieces(self.analysis, program, pieces, lowered, pinned)
-        half = Half(boxed_sequence(program, calls), timeline, len({piece.key for piece in pieces}))
+        values = {i.slot: i.value for i in program.instructions if i.value is not None}
+        given = {values[ref.slot]: fakes[ref.slot] for ref in refs_in(program.outputs) if ref.slot in values}
+        half = Half(boxed_sequence(program, calls), timeline, len({piece.key for piece in pieces}), given)
         ends = list(accumulate(len(done.profile) + 1 for done in lowered))
         return half, bisect_right(ends, timeline.during.index(max(timeline.during)))
 
-    def calls(self, program: Program, pieces: Sequence[Piece], backward: int) -> tuple[list[Call], list[Lowered]]:
-        """Lower pieces, those from number `backward` on as parts of a backward pass."""
+    def calls(
+        self, program: Program, pieces: Sequence[Piece], backward: int
+    ) -> tuple[list[Call], list[Lowered], dict[int, Any]]:
+        """Lower pieces, those from number `backward` on as parts of a backward pass; with the layout of each slot."""
         calls, lowered = [], []
-        fakes = {slot: self.analysis.fakes[value] for slot, value in program.inputs}
+        fakes = {slot: self.given.get(value, self.analysis.fakes[value]) for slot, value in program.inputs}
         ownership = Ownership()
         for number, piece in enumerate(pieces):
             is_backward = number >= backward
@@ -201,17 +219,35 @@ class Lowerer:
             ownership.update(number, piece, done)
             dying = tuple(piece.arguments[place] for place in piece.dying)
             calls.append(Call(done.call, piece.arguments, dying, piece.results))
-        return calls, lowered
+        return calls, lowered, fakes
+
+    def _is_exact(self, value: int | None) -> bool:
+        """Whether a result must have the layout that was planned: all but images that stay inside of the step.
+
+        Inductor computes these in the order of channels last. To be stored in another order, and read back in it, would
+        cost a pass over memory each time.
+        """
+        item = self.analysis.graph.values[value] if value is not None else None
+        if item is None or not self.free or value in self.exact:
+            return True
+        return item.storage != value or len(item.shape) < 4
 
     def _compile(self, piece: Piece, is_backward: bool, fakes: Mapping[int, Any], donated: tuple[int, ...]) -> Lowered:
         arguments = {slot: fakes[slot] for slot in piece.arguments}
         roles = [self.analysis.graph.values[value].role for _, value in piece.program.inputs]
-        key = (is_backward, piece.key, tuple(map(metadata, arguments.values())), tuple(roles), donated)
+        values = {i.slot: i.value for i in piece.program.instructions}
+        exact = tuple(place for place, slot in enumerate(piece.results) if self._is_exact(values[slot]))
+        key = (is_backward, piece.key, tuple(map(metadata, arguments.values())), tuple(roles), donated, exact)
         if key not in self.compiled:
             module = to_module(self.analysis, piece.program, self.root, "MoonwalkPiece", arguments)
             static = [place for place, role in enumerate(roles) if role in ("parameter", "buffer")]
             self.compiled[key] = lower(
-                module, is_backward=is_backward, static_inputs=static, donated=donated, workspace=self.workspace
+                module,
+                is_backward=is_backward,
+                static_inputs=static,
+                donated=donated,
+                exact_strides=exact,
+                workspace=self.workspace,
             )
         return self.compiled[key]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..capture import Capture
 from ..cost import Device, edge_seconds
 from ..graph import Edge, Graph, Kind, Operation, Stage, refs_in
+from ..layout import lay_out
 from ..trace import storage_bytes, trace_operations
 from . import convolution, erasing, linear, normalization, pointwise, pooling, shape
 from .constants import Constants, constant_regions, divides_by_mask
@@ -81,15 +82,6 @@ def _signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
 def _dense_strides(fake: Tensor) -> tuple[int, ...]:
     """The strides that are asked of a solved value: its own, without the gaps of a piece of a larger storage."""
     return tuple(torch.empty_like(fake).stride())
-
-
-def lay_out(tensor: Tensor, strides: Sequence[int]) -> Tensor:
-    """`tensor` with these dense strides; copied only where they differ in a dimension longer than one."""
-    if all(a == b for a, b, size in zip(tensor.stride(), strides, tensor.shape, strict=True) if size != 1):
-        return tensor
-    order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
-    back = sorted(range(tensor.dim()), key=order.__getitem__)
-    return tensor.permute(order).contiguous().permute(back)
 
 
 def _trace(

@@ -17,9 +17,9 @@ from moonwalk_compile.passes.cost import DEVICES, qualified_name
 from moonwalk_compile.passes.graph import Edge
 from moonwalk_compile.passes.interpret import run_edges
 from moonwalk_compile.passes.inverse import inverse_edges, solve
-from moonwalk_compile.passes.inverse.edges import lay_out
 from moonwalk_compile.passes.inverse.linear import inverse
 from moonwalk_compile.passes.inverse.orthogonal import orthogonal_values
+from moonwalk_compile.passes.layout import lay_out
 from moonwalk_compile.testing import capture_joint, true_values
 
 CPU = DEVICES["cpu"]
