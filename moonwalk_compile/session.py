@@ -42,6 +42,7 @@ LOST = 10  # times the tolerance: an error of a chain that is said at once
 CUTS = 4  # of pieces of the smallest plan, to bring its peak down; each takes fusion, and so time, away
 ROOM = 0.04  # part of a budget that is worth another compilation, if generated code leaves it unused
 MORE = 2  # such compilations
+SPARE = 0.002  # part of a budget that is taken off in addition where generated code exceeds it; twice as much each time
 TRIAL = 2**30  # bytes of the operands of one operation that may be tried while planning on fake tensors
 
 Certificates = dict[tuple[str, int], Certificate]
@@ -309,7 +310,7 @@ class Session:
             elif settled is None and self.cornered:
                 break
             else:
-                less += peak - int(limit)
+                less += peak - int(limit) + int(limit * SPARE * 2**attempt)
             if settled is not None and (attempt >= MORE or less >= most):
                 break
         if settled is None:
