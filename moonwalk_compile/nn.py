@@ -5,7 +5,7 @@ They are ordinary modules: they train without the compiler, and know nothing of 
 | layer | property | the compiler may |
 |---|---|---|
 | `OrthogonalLinear`, `OrthogonalConv2d` | singular values 1 at any parameters | invert, moonwalk |
-| `MaxMin` | every Jacobian is a permutation | moonwalk |
+| `MaxMin` | every Jacobian is a permutation | moonwalk, invert |
 | `Reversible` | invertible for any blocks | invert |
 """
 
