@@ -196,9 +196,13 @@ class _Lifted(Interpreter):
 def _decompose(
     gm: GraphModule, constants: list[str], fakes: list[Any], mode: Any, exact: Sequence[int] = ()
 ) -> GraphModule:
-    """Inductor's dialect of `gm`, with one extra placeholder per constant, ready for `compile_fx_inner`."""
+    """Inductor's dialect of `gm`, with one extra placeholder per constant, ready for `compile_fx_inner`.
+
+    The `exact` outputs get the strides of their fake values, whatever the layouts of the arguments lead to.
+    """
     arguments = len(fakes) - len(constants)
-    planned = {place: node.meta["val"].stride() for place in exact if isinstance(node := _returned(gm)[place], Node)}
+    returned = {place: node.meta["val"] for place in exact if isinstance(node := _returned(gm)[place], Node)}
+    planned = {place: value.stride() for place, value in returned.items() if isinstance(value, torch.Tensor)}
 
     def run(*args: Any) -> Any:
         results = list(_Lifted(gm, dict(zip(constants, args[arguments:], strict=True))).run(*args[:arguments]))
