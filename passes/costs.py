@@ -97,9 +97,20 @@ def segment_cost(facts: Facts, segment: Segment) -> Cost | None:
         forward_peak=simulated(facts, forward).peak,
         backward_peak=simulated(facts, backward).peak,
         seconds=program_seconds(backward, analysis.graph, analysis.device)
+        + _handed_on_seconds(facts, segment, backward)
         - sum(facts.seconds(index)[1] for index in segment.span),
         fragments=_fragment_bytes(facts, segment),
     )
+
+
+def _handed_on_seconds(facts: Facts, segment: Segment, backward: Program) -> float:
+    """What a moonwalk segment computes again for the block behind it, if that belongs to the same chain."""
+    if segment.strategy != "moonwalk":
+        return 0.0
+    there = {instruction.value for instruction in backward.instructions}
+    solution = facts.sweep(segment.last)
+    edges = solution.program(facts.analysis.blocks[segment.last].live_out)
+    return sum(edge.seconds for edge in edges if not there.issuperset(edge.gives))
 
 
 def _fragment_bytes(facts: Facts, segment: Segment) -> int:
