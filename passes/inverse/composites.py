@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..bits import put_marked
 from ..graph import Edge, Graph, Ref, map_refs
 from . import erasing
+from .reader import Reader
 from .rule import Region
 
 SEVERAL = ("_prelu_kernel_backward", "glu_backward")  # not from one element to one
@@ -35,16 +36,6 @@ SCALING = frozenset("neg mul div alias detach _to_copy".split())
 MOST_STEPS = 40
 
 Step = tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]]  # operator, arguments, keyword arguments; with slots
-
-
-class Reader(Protocol):
-    """What `regions` knows of the joint graph."""
-
-    graph: Graph
-    uses: dict[int, list[Edge]]
-
-    def made_by(self, value: int | None, *labels: str) -> Edge | None: ...
-    def value(self, edge: Edge, argument: int) -> int | None: ...
 
 
 def find_composites(reader: Reader) -> Iterator[Region]:
