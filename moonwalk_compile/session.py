@@ -305,6 +305,8 @@ class Session:
             if peak <= limit:
                 settled, most = (planned, self.forward, self.backward), less
                 less = peak - planned.peak
+                if self.cornered:  # between this plan and the budget the simulation saw none: look a bit further
+                    less = min(less, peak - int(limit))
                 if planned is planner.loose or not self._leaves_room(peak, limit):
                     break
             elif settled is None and self.cornered:

@@ -18,7 +18,7 @@ from torch._guards import tracing as tracing
 # Inductor's process-wide switches; only ever patched for the duration of one call.
 from torch._inductor import config as inductor_config
 
-# Asks which arguments of a backward graph may be overwritten (`get_donated_idxs`).
+# Asks which arguments of a backward graph may be overwritten (`get_donated_idxs`), and chooses layouts.
 from torch._inductor import graph as inductor_graph
 
 # What generated modules call to wait for their kernels, and the search for this processor's vector instructions.

@@ -36,6 +36,7 @@ from ._torch_compat_inductor import (
     select_decomp_table,
     tracing,
 )
+from .capture import is_random
 from .layout import lay_out
 from .wrapper_memory import MemoryEvent, OutputStorage, ProfileUnknown, Workspace, no_workspace, peak, replay, separate
 
@@ -68,6 +69,7 @@ def lower(
     static_inputs: Sequence[int] = (),
     donated: Sequence[int] = (),
     exact_strides: Sequence[int] | None = None,
+    channels_last: bool = False,
     workspace: Workspace = no_workspace,
     profiled: bool = True,
 ) -> Lowered:
@@ -76,7 +78,8 @@ def lower(
     `static_inputs`: arguments at the same address in every call (parameters, buffers). `donated`: arguments of a
     backward piece whose memory nobody reads afterwards, so that results may be written over them. `exact_strides`:
     outputs that must have the strides of their fake values (default: all); Inductor picks the others'
-    (`outputs[i].stride` tells).
+    (`outputs[i].stride` tells). With `channels_last`, convolutions get images in that order, forward and backward, and
+    the other outputs get the order that follows from there.
     `workspace`: what operations hold within their call. `profiled=False` skips the reading of the wrapper and leaves
     `profile` and `outputs` empty. Raises `ProfileUnknown`; compile errors are Inductor's own.
     """
@@ -84,10 +87,10 @@ def lower(
     values = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
     static = [*static_inputs, *range(len(values), len(values) + len(constants))]
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    with _isolated(mode, donated):
+    with _isolated(mode, donated, channels_last):
         fakes = [separate(value, mode) for value in (*values, *constants.values())]
-        traced = _decompose(gm, list(constants), fakes, mode, exact_strides or ())
-        _keep_strides(traced, exact_strides)
+        traced = _decompose(gm, list(constants), fakes, mode, exact_strides or (), channels_last)
+        _keep_strides(traced, None if channels_last else exact_strides)
         traced.meta["donated"] = list(donated)  # for Inductor's cache key, as below
         compiled = compile_fx_inner(traced, fakes, is_backward=is_backward, static_input_idxs=static)
     if not isinstance(compiled, CompiledFxGraph):
@@ -137,7 +140,7 @@ def kernels_in_background() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _isolated(mode: FakeTensorMode, donated: Sequence[int]) -> Iterator[None]:
+def _isolated(mode: FakeTensorMode, donated: Sequence[int], laid_out: bool = False) -> Iterator[None]:
     """Hide the surrounding compilation, and fix the switches that the calling convention and the replay rely on.
 
     AOTAutograd's tracing context would tell Inductor which of *its* backward inputs it may overwrite, and collects the
@@ -155,7 +158,31 @@ def _isolated(mode: FakeTensorMode, donated: Sequence[int]) -> Iterator[None]:
     }
     context = TracingContext(mode)
     overwritable = patch.object(inductor_graph, "get_donated_idxs", lambda: list(donated))
-    with overwritable, tracing(context), disable_current_modes(), inductor_config.patch(switches), torch.no_grad():
+    layouts = _traced_layouts() if laid_out else contextlib.nullcontext()
+    with (
+        overwritable,
+        layouts,
+        tracing(context),
+        disable_current_modes(),
+        inductor_config.patch(switches),
+        torch.no_grad(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _traced_layouts() -> Iterator[None]:
+    """Images stay in the order in which they were traced.
+
+    A graph without a forward convolution is not optimized for layouts: `convolution_backward` then gets images in the
+    order of its weight's gradient, which they are copied into. A graph with one has every value of four dimensions
+    around it stored channels last, also one whose channels are its last dimension.
+    """
+    chooser = cast("type[Any]", inductor_graph.GraphLowering)
+    with (
+        patch.object(chooser, "find_nodes_prefer_channels_last", lambda graph: frozenset()),
+        inductor_config.patch(force_layout_optimization=True),
+    ):
         yield
 
 
@@ -173,15 +200,41 @@ def _attribute(gm: GraphModule, name: str) -> Any:
     return value
 
 
-class _Lifted(Interpreter):
-    """Runs a graph in its own order, with tensor attributes taken from a table."""
+# Convolutions, with how many images they begin their arguments with.
+IMAGES: dict[Any, int] = {
+    torch.ops.aten.convolution.default: 1,
+    torch.ops.aten.convolution_backward.default: 2,
+}
 
-    def __init__(self, gm: GraphModule, constants: dict[str, torch.Tensor]) -> None:
+
+def _channels_last(image: torch.Tensor) -> torch.Tensor:
+    if image.dim() != 4:
+        return image
+    return lay_out(image, torch.empty(image.shape, device="meta", memory_format=torch.channels_last).stride())
+
+
+def _as_planned(value: Any, node: Any) -> Any:
+    return lay_out(value, node.meta["val"].stride()) if isinstance(value, torch.Tensor) else value
+
+
+class _Lifted(Interpreter):
+    """Runs a graph in its own order, with tensor attributes taken from a table, and convolutions' images laid out."""
+
+    def __init__(self, gm: GraphModule, constants: dict[str, torch.Tensor], channels_last: bool) -> None:
         super().__init__(gm)
-        self.constants = constants
+        self.constants, self.channels_last = constants, channels_last
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.constants[target] if target in self.constants else super().get_attr(target, args, kwargs)
+
+    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[Any, Any]:
+        """Random numbers that must be eager PyTorch's are drawn in the planned layout: they come in memory's order."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        if self.channels_last and (images := IMAGES.get(n.target)):
+            return (*map(_channels_last, args[:images]), *args[images:]), kwargs
+        if self.channels_last and inductor_config.fallback_random and is_random(n):
+            return tuple(_as_planned(value, node) for value, node in zip(args, n.args, strict=True)), kwargs
+        return args, kwargs
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A view of an argument that arrives in another layout than was planned may have to be a copy."""
@@ -194,7 +247,12 @@ class _Lifted(Interpreter):
 
 
 def _decompose(
-    gm: GraphModule, constants: list[str], fakes: list[Any], mode: Any, exact: Sequence[int] = ()
+    gm: GraphModule,
+    constants: list[str],
+    fakes: list[Any],
+    mode: Any,
+    exact: Sequence[int] = (),
+    channels_last: bool = False,
 ) -> GraphModule:
     """Inductor's dialect of `gm`, with one extra placeholder per constant, ready for `compile_fx_inner`.
 
@@ -205,7 +263,8 @@ def _decompose(
     planned = {place: value.stride() for place, value in returned.items() if isinstance(value, torch.Tensor)}
 
     def run(*args: Any) -> Any:
-        results = list(_Lifted(gm, dict(zip(constants, args[arguments:], strict=True))).run(*args[:arguments]))
+        table = dict(zip(constants, args[arguments:], strict=True))
+        results = list(_Lifted(gm, table, channels_last).run(*args[:arguments]))
         for place, strides in planned.items():
             results[place] = lay_out(results[place], strides)
         return results

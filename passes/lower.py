@@ -147,14 +147,15 @@ class Lowerer:
         self.analysis, self.root, self.lowering, self.workspace = analysis, root, lowering, workspace
         self.compiled: dict[object, Lowered] = {}
         self.given: Mapping[int, Any] = {}  # what the forward half hands over in a layout of its own
-        self.exact = {*analysis.graph.output_values, *analysis.graph.gradient_values}
+        drawn_like = {value for edge in analysis.graph.edges if edge.random for value in edge.needs}
+        self.exact = {*analysis.graph.output_values, *analysis.graph.gradient_values, *drawn_like}
         self.free = all(ignores_layout(op) for edge in analysis.graph.edges for op in edge.operations)
+        self.on_cpu = all(fake.device.type == "cpu" for fake in analysis.fakes.values() if isinstance(fake, Tensor))
         self.too_large: set[bool] = set()  # whether the backward half, or the forward half, was when lowered whole
 
     def halves(self, schedule: Schedule, pinned: Sequence[int], aim: Aim) -> tuple[Half, Half]:
-        on_cpu = all(fake.device.type == "cpu" for fake in self.analysis.fakes.values() if isinstance(fake, Tensor))
         self.given = {}
-        with kernels_in_background() if on_cpu else contextlib.nullcontext():
+        with kernels_in_background() if self.on_cpu else contextlib.nullcontext():
             forward = self.half(schedule.forward, False, (), aim)
             self.given = forward.given
             return forward, self.half(schedule.backward, True, pinned, aim)
@@ -247,6 +248,7 @@ class Lowerer:
                 static_inputs=static,
                 donated=donated,
                 exact_strides=exact,
+                channels_last=self.free and self.on_cpu,
                 workspace=self.workspace,
             )
         return self.compiled[key]

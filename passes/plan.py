@@ -318,15 +318,16 @@ class Planner:
         segments = tuple(self.maker.plain(index) for index in range(len(self.analysis.blocks)))
         return replace(measure(facts, segments, emit(facts, segments), 0.0), packed=False)
 
-    def within(self, budget: float, rounds: int = 8) -> Planned | None:
+    def within(self, budget: float, plans: int = 8) -> Planned | None:
         """The fastest plan whose *simulated* peak is within `budget`; the modelled budget is moved to get there.
 
-        By what is left or lacking, and by halves between one that was low enough and one that was too high.
+        By what is left or lacking, in steps that grow while it lacks, and by halves between one that was low enough
+        and one that was too high.
         """
         best: Planned | None = None
         target, enough, short, push = float(budget), 0.0, math.inf, 1
         found: dict[object, Planned] = {}
-        for _ in range(rounds):
+        for _ in range(2 * plans):
             moves = self.fastest(target)
             if moves is None:
                 if best is not None or target >= 2 * budget:
@@ -334,17 +335,20 @@ class Planner:
                 target *= 1.04
                 continue
             key = tuple((move.segment, move.pieces) for move in moves)
-            push = 2 * push if key in found else 1  # the same plan again: further away
+            if key not in found and len(found) == plans:
+                break
             planned = found[key] = found.get(key) or self.realise(moves)
             slack = budget - planned.peak
             if slack >= 0:
                 best = planned if best is None or planned.seconds < best.seconds else best
-                enough = max(enough, target)
+                enough, push = max(enough, target), 1
+                target += max(slack, 0.01 * budget)
             else:
                 short = min(short, target)
+                target -= push * max(-slack, 2 * CLOSE * budget)
+                push *= 2
             if 0 <= slack < CLOSE * budget or short - enough < CLOSE * budget:
                 break
-            target += push * (slack if slack < 0 else max(slack, 0.01 * budget))
             if not enough < target < short:
                 target = (enough + short) / 2
         return best

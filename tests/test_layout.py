@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moonwalk_compile import moonwalk_compile
 from moonwalk_compile.measure import gradient_error, gradients
 from moonwalk_compile.passes.lower import Half, Lowerer
+from moonwalk_compile.peers import same_random_numbers
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -104,3 +105,61 @@ def test_an_operation_that_looks_at_memory_gets_what_it_gets_in_eager_pytorch(ha
         y.square().sum().backward()
     assert gradient_error(gradients(ours), gradients(model)) < 1e-5
     assert not handed_over
+
+
+class Blocks(nn.Module):
+    """As in ConvNeXt, what a convolution gives goes on with the channels as the last dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "convolution": nn.Conv2d(8, 8, 3, padding=1, groups=8),
+                    "norm": nn.LayerNorm(8),
+                    "linear": nn.Linear(8, 8),
+                    "dropout": nn.Dropout(0.3),
+                }
+            )
+            for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            y = layer["norm"](layer["dropout"](layer["convolution"](x)).permute(0, 2, 3, 1))
+            x = x + layer["linear"](y).permute(0, 3, 1, 2)
+        return x
+
+
+@pytest.mark.parametrize("budget", ["100%", "60%"])
+def test_convolutions_get_images_channels_last_in_both_directions(budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = Blocks(), torch.randn(SIZE)
+    ours = moonwalk_compile(model, budget=budget)
+    with same_random_numbers("inductor"):
+        ours(x).sum().backward()
+    images: list[Tensor] = []
+    real = torch.ops.aten.convolution_backward.default
+
+    def recording(*args: Any) -> Any:
+        images.extend(args[:2])
+        return real(*args)
+
+    monkeypatch.setattr(torch.ops.aten.convolution_backward, "default", recording)
+    ours(x).sum().backward()
+    assert len(images) == 8
+    assert all(image.is_contiguous(memory_format=torch.channels_last) for image in images)
+
+
+@pytest.mark.parametrize("budget", ["100%", "60%"])
+def test_random_numbers_do_not_depend_on_the_layout(budget: str) -> None:
+    """They are drawn in the order of memory, where eager PyTorch's are asked for."""
+    torch.manual_seed(0)
+    model, x = Blocks(), torch.randn(SIZE)
+    with same_random_numbers("inductor"):
+        ours = moonwalk_compile(copy.deepcopy(model), budget=budget)
+        for each in (ours, model, ours, model):
+            torch.manual_seed(1)
+            each.zero_grad()
+            each(x).square().sum().backward()
+    assert gradient_error(gradients(ours), gradients(model)) < 1e-5

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from moonwalk_compile.passes.certificates import Certificate, chain_error
 from moonwalk_compile.passes.emit import Segment
+from moonwalk_compile.passes.liveness import Timeline
 from moonwalk_compile.passes.moves import Move
-from moonwalk_compile.passes.plan import Planner
+from moonwalk_compile.passes.plan import Planned, Planner
 from moonwalk_compile.passes.solutions import Facts
 from moonwalk_compile.passes.verify import verify
 
@@ -158,6 +160,28 @@ def test_the_smallest_plan_is_no_larger_than_plain(drawn: list[Layer]) -> None:
     smallest = planner.smallest()
     verify(planner.analysis, smallest.schedule)
     assert smallest.peak <= planner.plain.peak
+
+
+def test_a_plan_below_a_gap_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans that turn out a little larger than modelled, one after the other, do not use up the search."""
+    planner = planner_of([Layer()] * 4)
+    whole = planner.fastest(math.inf)
+    assert whole is not None
+    one, real = whole[0], planner.realise(whole)
+
+    def fastest(target: float) -> list[Move]:
+        return [Move(Segment(0, int(target // 25), "keep", frozenset()), one.cost)]  # one plan every 25 bytes
+
+    def realise(moves: Sequence[Move]) -> Planned:
+        modelled = 25 * moves[0].segment.last
+        peak = Timeline((max(1001, modelled) if modelled > 700 else modelled,), 0, 0)
+        return replace(real, forward=peak, backward=peak)
+
+    monkeypatch.setattr(planner, "fastest", fastest)
+    monkeypatch.setattr(planner, "realise", realise)
+    found = planner.within(1000)
+    assert found is not None
+    assert found.peak <= 1000
 
 
 @pytest.mark.parametrize("strategies", [("keep",), ("checkpoint",), ("invert", "keep"), ("checkpoint", "moonwalk")])
