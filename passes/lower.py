@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.backends import mkldnn
 
 from .analysis import Analysis
 from .cost import base_name
@@ -151,6 +152,7 @@ class Lowerer:
         self.exact = {*analysis.graph.output_values, *analysis.graph.gradient_values, *drawn_like}
         self.free = all(ignores_layout(op) for edge in analysis.graph.edges for op in edge.operations)
         self.on_cpu = all(fake.device.type == "cpu" for fake in analysis.fakes.values() if isinstance(fake, Tensor))
+        self.channels_last = self.free and self.on_cpu and mkldnn.is_available() and bool(mkldnn.enabled)
         self.too_large: set[bool] = set()  # whether the backward half, or the forward half, was when lowered whole
 
     def halves(self, schedule: Schedule, pinned: Sequence[int], aim: Aim) -> tuple[Half, Half]:
@@ -248,7 +250,7 @@ class Lowerer:
                 static_inputs=static,
                 donated=donated,
                 exact_strides=exact,
-                channels_last=self.free and self.on_cpu,
+                channels_last=self.channels_last,
                 workspace=self.workspace,
             )
         return self.compiled[key]
