@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -22,7 +22,8 @@ class Device:
     """Peak rates: floating-point operations and bytes per second, and seconds of overhead per call.
 
     A `clock` says what an operation was measured to take; what it does not know counts by the rates. `fused` says that
-    pointwise operations are fused (see `fusion`).
+    pointwise operations are fused (see `fusion`). The gradients of grouped convolutions have rates of their own: on
+    images that are laid out channels last, as ours are where operations are fused, and on others.
     """
 
     name: str
@@ -31,9 +32,16 @@ class Device:
     overhead: float
     transcendental: float = 1e11  # elements of exp, erf, tanh per second
     random: float = 5e11  # random numbers drawn per second
+    grouped: float = math.inf
+    grouped_strided: float = math.inf
     datasheet: bool = True
     fused: bool = False
     clock: Callable[[Operation], float | None] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def plain(self) -> Device:
+        """As plain `torch.compile` uses it: its backward graphs leave images as they were captured."""
+        return replace(self, grouped=self.grouped_strided)
 
 
 # Dense tensor-core rates for 16-bit (fp32 through TF32 is about half); a training step reaches 50 to 60% of either.
@@ -89,6 +97,8 @@ def count_flops(node: fx.Node) -> float:
     if name.startswith("_scaled_dot_product") and name.endswith("_cpu_backward"):
         query, key = (node.args[i].meta["val"].shape for i in (1, 2))  # type: ignore[union-attr]
         return 10.0 * math.prod(query) * key[-2]
+    if name == "convolution_backward":
+        return _gradients_flops(node)
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if formula is None:
         return 0.0
@@ -96,6 +106,14 @@ def count_flops(node: fx.Node) -> float:
         lambda item: item.meta["val"] if isinstance(item, fx.Node) else item, (node.args, dict(node.kwargs))
     )
     return float(formula(*args, **kwargs, out_val=node.meta["val"]))
+
+
+def _gradients_flops(node: fx.Node) -> float:
+    """Each gradient takes what the convolution takes. (torch's registry does not divide the weight's by the groups.)"""
+    result, image, weight = (node.args[i].meta["val"] for i in range(3))  # type: ignore[union-attr]
+    wanted: Any = node.args[10]
+    windows = math.prod((image if node.args[7] else result).shape[2:]) * image.shape[0]
+    return 2.0 * weight.numel() * windows * sum(wanted[:2])
 
 
 def base_name(target: Any) -> str:
@@ -135,12 +153,19 @@ def operation_seconds(operation: Operation, device: Device) -> float:
         return measured
     name = base_name(operation.target)
     rounds = _rounds(operation)
-    arithmetic = operation.flops / device.flops
+    arithmetic = operation.flops / _rate(operation, device)
     memory = rounds * operation.moved / device.bandwidth
     elements = sum(operation.new) / 4
     special = elements * SPECIAL.get(name, 0.0) / device.transcendental
     drawn = elements / device.random if name in RANDOM else 0.0
     return rounds * device.overhead + max(arithmetic, memory, special, drawn)
+
+
+def _rate(operation: Operation, device: Device) -> float:
+    """Floating-point operations per second."""
+    if base_name(operation.target) == "convolution_backward" and operation.args[9] > 1:
+        return min(device.flops, device.grouped if device.fused else device.grouped_strided)
+    return device.flops
 
 
 def _rounds(operation: Operation) -> int:
@@ -180,6 +205,8 @@ def _calibrate() -> Device:
     special = _seconds(lambda: torch.nn.functional.gelu(large))
     drawn = _seconds(lambda: torch.native_dropout(medium, 0.5, True))
     call = _seconds(lambda: [small + 1.0 for _ in range(100)]) / 100
+    images = torch.randn(8, 64, 12, 12)
+    grouped = _grouped_rate(images.contiguous(memory_format=torch.channels_last))
     return Device(
         "cpu",
         flops=2 * 768**3 / product,
@@ -187,8 +214,19 @@ def _calibrate() -> Device:
         overhead=call,
         transcendental=large.numel() / special,
         random=1.25 * medium.numel() / drawn,  # the mask is counted with the numbers
+        grouped=grouped,
+        grouped_strided=_grouped_rate(images),
         datasheet=False,
     )
+
+
+def _grouped_rate(images: Tensor) -> float:
+    """Floating-point operations per second of the gradients of a depthwise convolution 7 x 7."""
+    channels = images.shape[1]
+    kernel = torch.randn(channels, 1, 7, 7)
+    rest = ([1, 1], [3, 3], [1, 1], False, [0, 0], channels, [True, True, False])
+    seconds = _seconds(lambda: torch.ops.aten.convolution_backward(images, images, kernel, None, *rest))
+    return 2 * 2 * 49 * images.numel() / seconds
 
 
 def find_device(name: str) -> Device:

@@ -12,14 +12,14 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 
 import numpy as np
 
 from .bits import unpack_two
 from .certificates import INVERTED, Certificate, chain_error
-from .cost import base_name
+from .cost import Device, base_name
 from .costs import backward_program
 from .emit import Schedule, Segment, Unreachable, emit
 from .fronts import FRONT, Floats, Front, Table, column, extend, start
@@ -302,7 +302,8 @@ class Planner:
     @cached_property
     def plain(self) -> Planned:
         """Plain backpropagation, as PyTorch runs it: all that the backward pass reads is kept, nothing written over."""
-        return self._all_kept(Facts(self.analysis, workspace=self.facts.workspace, packed=False), measure_schedule)
+        facts = Facts(self.analysis, workspace=self.facts.workspace, packed=False)
+        return self._all_kept(facts, partial(measure_schedule, device=self.analysis.device.plain))
 
     @cached_property
     def loose(self) -> Planned:
@@ -382,7 +383,7 @@ class Planner:
     def _seconds(self, budget: float) -> float:
         """The modelled time of a step of the fastest plan; infinite where there is none."""
         usable = self._usable(self._fronts(budget)[-1])
-        return self.plain.seconds + float(min(usable, default=math.inf))
+        return self.loose.seconds + float(min(usable, default=math.inf))
 
     def _lowest(self, enough: Callable[[float], bool]) -> float:
         """The lowest modelled peak that is enough."""
@@ -393,10 +394,12 @@ class Planner:
         return high
 
 
-def measure_schedule(facts: Facts, segments: tuple[Segment, ...], schedule: Schedule, error: float = 0.0) -> Planned:
+def measure_schedule(
+    facts: Facts, segments: tuple[Segment, ...], schedule: Schedule, error: float = 0.0, device: Device | None = None
+) -> Planned:
     """Simulate both programs: what the user holds (the outputs) stays alive through the backward pass."""
     forward = simulated(facts, schedule.forward)
     backward = simulated(facts, schedule.backward, pinned=facts.analysis.held)
-    graph, device = facts.analysis.graph, facts.analysis.device
+    graph, device = facts.analysis.graph, device or facts.analysis.device
     seconds = sum(program_seconds(program, graph, device) for program in (schedule.forward, schedule.backward))
     return Planned(segments, schedule, forward, backward, seconds, error)

@@ -1,0 +1,58 @@
+"""What operations are counted as."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import flop_registry
+
+from moonwalk_compile.passes.cost import DEVICES, count_flops, operation_seconds
+from moonwalk_compile.passes.graph import Operation, Ref
+
+aten = torch.ops.aten
+
+
+def gradients_node(groups: int, mask: list[bool], transposed: bool = False) -> fx.Node:
+    """The call of the gradients of a convolution of 8 to 16 channels (transposed: the other way round)."""
+    image = torch.empty(2, 16 if transposed else 8, 9, 9, device="meta")
+    weight = torch.empty(16, 8 // groups, 3, 3, device="meta")
+    geometry = ([2, 2], [1, 1], [1, 1], transposed, [0, 0], groups)
+
+    def run(image: Tensor, weight: Tensor) -> list[Tensor | None]:
+        result = aten.convolution(image, weight, None, *geometry)
+        return list(aten.convolution_backward(result, image, weight, None, *geometry, mask))
+
+    graph = make_fx(run, tracing_mode="fake")(image, weight).graph
+    (node,) = graph.find_nodes(op="call_function", target=aten.convolution_backward.default)
+    return node
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("mask", [[True, True, False], [True, False, False], [False, True, False]])
+def test_the_gradients_of_a_convolution_are_counted_as_torch_counts_them(mask: list[bool], transposed: bool) -> None:
+    node = gradients_node(1, mask, transposed)
+    args = [item.meta["val"] if isinstance(item, fx.Node) else item for item in node.args]
+    formula = flop_registry[aten.convolution_backward]
+    assert count_flops(node) == formula(*args, out_val=node.meta["val"])
+
+
+def test_groups_divide_the_work_of_both_gradients() -> None:
+    for mask in ([True, False, False], [False, True, False]):
+        assert count_flops(gradients_node(4, mask)) == count_flops(gradients_node(1, mask)) / 4
+
+
+def test_grouped_gradients_have_a_rate_of_their_own() -> None:
+    device = replace(DEVICES["cpu"], overhead=0.0, bandwidth=1e30, grouped=1e9, grouped_strided=5e8)
+    fusing = replace(device, fused=True)
+
+    def seconds(groups: int, device: object) -> float:
+        args = (Ref(0), Ref(1), Ref(2), None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups, [True, True, False])
+        operation = Operation(aten.convolution_backward.default, args, new=(4,), flops=1e9)
+        return operation_seconds(operation, device)  # type: ignore[arg-type]
+
+    assert [seconds(8, d) for d in (device, fusing, fusing.plain)] == [2.0, 1.0, 2.0]
+    assert seconds(1, fusing) == 1e9 / device.flops
