@@ -15,7 +15,7 @@ from .capture import Capture
 from .cost import Device, edge_seconds
 from .drift import Watch, comparer, sampler
 from .graph import Edge, Graph, Stage, Value
-from .inverse import inverse_edges, make_call, packing_of_reader, packing_of_value
+from .inverse import CONTRACTION, inverse_edges, make_call, packing_of_reader, packing_of_value
 from .inverse.constants import Constants
 from .inverse.rule import Packing
 from .statistics import TINY, with_statistics
@@ -330,7 +330,8 @@ def analyse(
     add_value = partial(packer.add_value, stage="backward")
     edges = inverse_edges(capture, device, constants=constants, add_value=add_value)
     edges = tuple(_of_fixed_size(edges)) if fixed_sizes else edges
-    blocks = find_blocks(graph, edges if invertible else ())
+    joining = [edge for edge in edges if edge.label != CONTRACTION]  # most residual blocks are none
+    blocks = find_blocks(graph, joining if invertible else ())
     packs = _exact_packs(packer, graph, blocks)
     signs = [_sign_packs(packer, graph, block) for block in blocks]
     watches = tuple((packer.watch(block.live_in), packer.watch(block.cotangents_in)) for block in blocks)

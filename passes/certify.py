@@ -20,6 +20,7 @@ from .certificates import INVERTED, Certificate
 from .emit import Segment
 from .graph import Edge
 from .interpret import run_edge
+from .inverse import CONTRACTION
 from .solutions import Facts, drawn
 
 TIES = 1e-5  # the part of a tensor's elements that may lie exactly on a kink (x = 0 in |x|, a = b in max(a, b))
@@ -82,6 +83,7 @@ class _Link:
     recover: Callable[[State], State]
     apply: Callable[[State, State], State]
     noisy: tuple[int, ...]  # the values after `recover` that carry the noise
+    off: float = 0.0  # how far what it recovers of true values was from the truth, where that was looked at
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
@@ -180,12 +182,12 @@ def measure_chain(
         earlier = (known or {}).get(link.block)
         if earlier is None:
             added = _added_noise(link, reached, moved, state)
-            local = size(added, reached)
+            local = max(size(added, reached), link.off)
             moved = {**moved, **{value: moved[value] + magnified * more for value, more in added.items()}}
             before = size(_differences(reached, moved, link.noisy), reached)
         else:
             before = after
-            local = earlier.local * max(1.0, growth / max(earlier.growth, 1e-6))
+            local = max(earlier.local * max(1.0, growth / max(earlier.growth, 1e-6)), link.off)
         sound = math.isfinite(local) and math.isfinite(growth) and after > 0  # zero: the signal itself has underflowed
         sound = sound and math.isfinite(_norm(t for t in reached.values() if t.is_floating_point()))
         yield link.block, Certificate(local, growth) if sound else Certificate(math.inf, math.inf)
@@ -218,6 +220,7 @@ class Certifier:
     def __init__(self, analysis: Analysis, facts: Facts, primals: Mapping[int, Tensor]) -> None:
         self.analysis, self.facts = analysis, facts
         self.values = Values(analysis, primals)
+        self.off: dict[int, float] = {}
 
     @torch.no_grad()
     def measure(
@@ -231,7 +234,7 @@ class Certifier:
         if not chains:
             return {}
         with torch.random.fork_rng():
-            kept = self._forward(self._wanted(chains))
+            kept = self._forward(self._wanted(chains), {i for s in chains if s.strategy == "invert" for i in s.span})
             found: dict[tuple[str, int], Certificate] = {}
             for segment in chains:
                 walk = self._invert if segment.strategy == "invert" else self._moonwalk
@@ -255,8 +258,12 @@ class Certifier:
                 wanted.setdefault(index, set()).update(self.facts.spine(index).residuals)
         return wanted
 
-    def _forward(self, wanted: Mapping[int, set[int]]) -> dict[int, State]:
-        """One forward pass; of each block, the `wanted` values are kept."""
+    def _forward(self, wanted: Mapping[int, set[int]], inverted: Set[int]) -> dict[int, State]:
+        """One forward pass; of each block, the `wanted` values are kept.
+
+        An iteration may converge to an argument that gives the same value and is another one. That is consistent, and
+        no probe shows it: so where one is `inverted` it is compared with the truth, which is at hand here.
+        """
         kept: dict[int, State] = {}
         state: State = {}
         for block in self.analysis.blocks:
@@ -267,8 +274,16 @@ class Certifier:
             wanted_here = {*block.live_out, *extra, *masks}
             reached = self.values.run(_ancestors([*edges, *codecs], wanted_here), state, wanted_here)
             kept[block.index] = {value: reached[value] for value in (*extra, *masks) if value in reached}
+            if block.index in inverted and self._iterates(block.index):
+                again = self._inversion(block.index, kept[block.index]).recover(reached)
+                off = worst_sample(_differences(again, state, block.live_in), state)
+                self.off[block.index] = off if math.isfinite(off) else math.inf
             state = {value: reached[value] for value in block.live_out}
         return kept
+
+    def _iterates(self, index: int) -> bool:
+        program = self.facts.inversion(index).solution.program(self.analysis.blocks[index].live_in)
+        return any(edge.label == CONTRACTION for edge in program)
 
     def _packs(self, index: int) -> list[Pack]:
         return [*self.analysis.signs[index], *self.analysis.packs.values()]
@@ -278,7 +293,10 @@ class Certifier:
     ) -> Iterator[tuple[int, Certificate]]:
         start = {value: kept[run[-1]][value] for value in self.analysis.blocks[run[-1]].live_out}
         links = [self._inversion(index, kept[index]) for index in reversed(run)]
-        return measure_chain(links, start, start, known)
+        # The walk ends at the first block that is far off; the others need not be found one by one.
+        far = {index: self.off.get(index, 0.0) for index in run}
+        yield from ((index, Certificate(off, 1.0)) for index, off in far.items() if off >= DROWNED)
+        yield from measure_chain(links, start, start, known)
 
     def _inversion(self, index: int, masks: State) -> _Link:
         block = self.analysis.blocks[index]
@@ -297,7 +315,7 @@ class Certifier:
             reached = self.values.run(forward, {**masks, **state}, leaving, sides)
             return _picked(leaving, reached, state)
 
-        return _Link(index, recover, apply, block.live_in)
+        return _Link(index, recover, apply, block.live_in, self.off.get(index, 0.0))
 
     def _on_sides(self, index: int, sides: Set[int]) -> Iterator[Edge]:
         """The forward edges of a block; those that fold (abs, a sort) as they do where the sides are what they were."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -80,9 +80,11 @@ SOLVERS = {
     "linalg_cholesky_ex": 0.33,
 }
 
-LOOPS = {
-    "moonwalk_compile::solve_convolution": (8, 8)
-}  # operators with a loop inside: where it is said how often, and calls each time
+# Operators with a loop inside, and how many calls they stand for.
+LOOPS: dict[str, Callable[[Sequence[Any]], int]] = {
+    "moonwalk_compile::solve_convolution": lambda args: 8 * args[8],
+    "moonwalk_compile::solve_residual": lambda args: (args[2].count("\n") + 3) * args[3],
+}
 
 
 def count_flops(node: fx.Node) -> float:
@@ -170,8 +172,8 @@ def _rate(operation: Operation, device: Device) -> float:
 
 def _rounds(operation: Operation) -> int:
     """How many calls a call stands for."""
-    place, calls = LOOPS.get(qualified_name(operation.target), (0, 0))
-    return calls * int(operation.args[place]) if calls else 1
+    calls = LOOPS.get(qualified_name(operation.target))
+    return calls(operation.args) if calls is not None else 1
 
 
 def edge_seconds(edge: Edge, device: Device) -> float:

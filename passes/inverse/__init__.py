@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from .contraction import CONTRACTION
 from .edges import CUSTOM, RULES, WAITING_BYTES_PER_S, inverse_edges, make_call
 from .residuals import jumps, kinks, packing_of_reader, packing_of_value
 from .rule import Call, Packing, Recipe, Region, Rule
 from .solve import Solution, solve
 
 __all__ = [
+    "CONTRACTION",
     "CUSTOM",
     "RULES",
     "WAITING_BYTES_PER_S",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..capture import Capture
 from .composites import find_composites, find_softsigns
+from .contraction import find_contractions
 from .folds import find_folds
 from .pooling import shape_only
 from .reader import Reader
@@ -32,6 +33,7 @@ def find_regions(capture: Capture) -> Iterator[Region]:
     yield from find_folds(reader)
     yield from find_softsigns(reader)
     yield from find_composites(reader)
+    yield from find_contractions(reader)
     for edge in capture.graph.edges:
         if edge.label.endswith(("pool2d_backward", "pool3d_backward", "with_indices_backward")):
             region = shape_only(edge, reader.shape(edge.gives[0]))

@@ -10,7 +10,7 @@ from ..graph import Edge
 from .reader import Reader
 
 
-def _is_sum(reader: Reader, edge: Edge | None) -> bool:
+def is_sum(reader: Reader, edge: Edge | None) -> bool:
     if edge is None or edge.label != "add" or edge.operations[0].kwargs or len(edge.needs) != 2:
         return False
     values = [reader.graph.values[value] for value in (*edge.gives, *edge.needs)]
@@ -21,8 +21,8 @@ def _inner(reader: Reader, value: int) -> Edge | None:
     """The sum that `value` is, if it is only read by one other sum."""
     edge = reader.graph.definition.get(value)
     uses = reader.uses.get(value, ())
-    alone = len(uses) == 1 and value not in reader.results and _is_sum(reader, uses[0])
-    return edge if alone and _is_sum(reader, edge) else None
+    alone = len(uses) == 1 and value not in reader.results and is_sum(reader, uses[0])
+    return edge if alone and is_sum(reader, edge) else None
 
 
 def added_up(reader: Reader, root: Edge) -> list[int]:
@@ -40,7 +40,7 @@ def added_up(reader: Reader, root: Edge) -> list[int]:
 
 def sum_roots(reader: Reader) -> Iterator[Edge]:
     for edge in reader.edges("add"):
-        if _is_sum(reader, edge) and _inner(reader, edge.gives[0]) is None:
+        if is_sum(reader, edge) and _inner(reader, edge.gives[0]) is None:
             yield edge
 
 

@@ -577,8 +577,33 @@ COMPOSITE = [
     Case("linear and maxmin, turned", lambda x, w: _maxmin_turned(x @ w), "bk4 44", invert=False),
     Case("linear and sorted pairs", lambda x, w: _sort_pairs(_sort_pairs(x @ w) @ w), "b4 44", invert=False),
     Case("sort", lambda x: x.sort(dim=0, descending=True, stable=True).values, "bn", invert=False),
-    Case("residual through slices", lambda x, w: x + torch.cat([x[:, :2], x[:, 2:] @ w], 1), "b4 22", False, False),
     Case("nested", lambda x, u, d, w: F.leaky_relu(_additive(x, u, d) @ w, 0.3).sinh(), "b8 46 64 88"),
+]
+
+
+def _twice(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    for _ in range(2):
+        x = x + 0.3 * F.gelu(x @ up) @ down
+    return x
+
+
+# Where a branch does not contract, the certificate says so (tests/test_contractions.py); nothing is refused here but
+# branches that hardly ever do.
+CONTRACTIONS = [
+    Case("residual", lambda x, w: x + 0.3 * torch.tanh(x @ w), "bn nn"),
+    Case("residual, subtracted", lambda x, w, b: x + F.linear(F.relu(x), w, b).neg() * 0.3, "bkn nn n"),
+    Case("residual with an option", lambda x, w: x + 0.2 * F.gelu(x @ w, approximate="tanh"), "bn nn"),
+    Case("residual, the other way", lambda x, w: x - 0.3 * torch.tanh(x @ w), "bn nn"),
+    Case("residual with alpha", lambda x, w: torch.add(x, torch.tanh(x @ w), alpha=0.3), "bn nn"),
+    Case("residual of two layers", lambda x, u, d: x + 0.3 * F.gelu(x @ u) @ d, "bn nw wn"),
+    Case("residual, twice", _twice, "bn nw wn"),
+    Case("residual of images", lambda x, w: x + 0.05 * F.conv2d(F.elu(x), w, padding=1).sin(), "b345 3333"),
+    Case("residual of a gate", lambda x, u, w: x + 0.2 * F.silu(x @ u) * torch.tanh(x @ w), "bn nn nn"),
+    Case("residual beside another", lambda x, u, w: x + 0.2 * torch.tanh(x @ u) + 0.2 * (x @ w).sin(), "bn nn nn"),
+    Case("residual, normalized weight", lambda x, w: x + torch.tanh(x @ (w * (0.3 / w.norm()))), "bn nn"),
+    Case("residual in slices", lambda x, w: x + 0.3 * torch.cat([x[:, 2:].tanh(), x[:, :2] @ w], 1), "b4 22"),
+    Case("residual of a norm", lambda x, w: x + 0.3 * F.layer_norm(x @ w, x.shape[1:]), "bn nn", False, False),
+    Case("residual of a softmax", lambda x, w: x + 0.3 * F.softmax(x @ w, -1), "bn nn", False, False),
 ]
 
 # What a CPU never runs in one operation; tested in test_normalization.py.
@@ -600,4 +625,5 @@ CASES = [
     *NORMALIZATION,
     *REFUSED,
     *COMPOSITE,
+    *CONTRACTIONS,
 ]
