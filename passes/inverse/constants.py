@@ -8,9 +8,10 @@ and plans again where they are not. What the graph computes from nothing (`torch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
+from operator import getitem
 from typing import Any
 
 import torch
@@ -60,16 +61,26 @@ def is_candidate(tensor: Any) -> bool:
 
 
 @torch.no_grad()
-def computed(capture: Capture) -> dict[int, Tensor]:
-    """The small values that the graph makes from nothing: `torch.arange(n)` and what follows from it."""
+def computed(capture: Capture, anywhere: bool = False) -> dict[int, Tensor]:
+    """The small values that the graph makes from nothing: `torch.arange(n)` and what follows from it.
+
+    With `anywhere`, also those that it makes on another device, as a CPU makes them: the last bit may differ.
+    """
     found: dict[int, Tensor] = {}
     for edge in capture.graph.stage_edges("forward"):
         fakes = [capture.fake(value) for value in edge.gives]
-        made = all(isinstance(operation.target, OpOverload) for operation in edge.operations)
-        small = all(fake.device.type == "cpu" and fake.numel() <= LARGEST for fake in fakes)
+        made = all(isinstance(o.target, OpOverload) or o.target is getitem for o in edge.operations)
+        small = all((anywhere or fake.device.type == "cpu") and fake.numel() <= LARGEST for fake in fakes)
         if fakes and made and small and not edge.random and not edge.effect and found.keys() >= {*edge.needs}:
-            found.update(zip(edge.gives, run_edge(edge, [found[value] for value in edge.needs]), strict=True))
+            here = _on_cpu(edge) if anywhere else edge
+            found.update(zip(edge.gives, run_edge(here, [found[value] for value in edge.needs]), strict=True))
     return found
+
+
+def _on_cpu(edge: Edge) -> Edge:
+    cpu = {"device": torch.device("cpu")}
+    moved = (replace(o, kwargs={**o.kwargs, **cpu}) if "device" in o.kwargs else o for o in edge.operations)
+    return replace(edge, operations=tuple(moved))
 
 
 def divides_by_mask(capture: Capture, constants: Constants, edge: Edge) -> bool:
@@ -206,20 +217,30 @@ def _pick(dim: int, whole: Tensor, index: Tensor) -> Tensor:
 def _repeated(reader: Reader, constants: Constants) -> Iterator[Region]:
     """`x[:, :, rows, columns]` in which every row and every column of x stands: read one of each, at even distances."""
     for edge in reader.edges("index", "_unsafe_index"):
-        source = reader.value(edge, 0)
-        indices = {dim: edge.needs[ref.slot] for dim, ref in enumerate(reader.args(edge)[1]) if isinstance(ref, Ref)}
-        if source is None or not indices or list(indices) != list(range(min(indices), max(indices) + 1)):
+        source, indices = reader.value(edge, 0), outer_indices(reader, edge)
+        if source is None or not indices:
             continue
         steps, shape = [], [*reader.shape(source)]
-        for place, (dim, index) in enumerate(indices.items()):
+        for dim, index in indices.items():
             step = _even_step(constants.listed.get(index, ()), shape[dim])
-            if step is None or reader.shape(index)[1:] != (1,) * (len(indices) - 1 - place):
+            if step is None:
                 break
             steps.append((dim, step))
             shape[dim] = len(constants.listed[index])
         if len(steps) == len(indices) and reader.shape(edge.gives[0]) == tuple(shape):
             constants.trusted.update(indices.values())
             yield Region((source,), (edge.gives[0],), partial(_every, tuple(steps)), "inverse of repeated elements")
+
+
+def outer_indices(reader: Reader, edge: Edge) -> dict[int, int]:
+    """The index of each dimension, if each result is picked by one row, one column, .. of its own; or nothing."""
+    listed: Sequence[Any] = reader.args(edge)[1]
+    found = {dim: edge.needs[item.slot] for dim, item in enumerate(listed) if isinstance(item, Ref)}
+    behind = range(len(found) - 1, -1, -1)
+    shapes = [reader.shape(index) for index in found.values()]
+    adjacent = bool(found) and list(found) == list(range(min(found), max(found) + 1))
+    apart = all(shape and shape[1:] == (1,) * count for shape, count in zip(shapes, behind, strict=True))
+    return found if adjacent and apart else {}
 
 
 def _even_step(listed: Sequence[int], size: int) -> int | None:

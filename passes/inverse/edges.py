@@ -17,7 +17,7 @@ from ..cost import Device, edge_seconds
 from ..graph import Edge, Graph, Kind, Operation, Stage, refs_in
 from ..layout import lay_out
 from ..trace import storage_bytes, trace_operations
-from . import convolution, erasing, linear, normalization, pointwise, pooling, shape
+from . import convolution, erasing, linear, normalization, pointwise, pooling, resampled, shape
 from .constants import Constants, constant_regions, divides_by_mask
 from .orthogonal import orthogonal_values
 from .padded import find_padded
@@ -26,7 +26,7 @@ from .regions import find_regions
 from .rule import Call, Recipe, Region, Rule, result_places
 from .spine import find_input_gradients
 
-FAMILIES = (pointwise, erasing, pooling, shape, linear, convolution, normalization)
+FAMILIES = (pointwise, erasing, pooling, shape, linear, convolution, normalization, resampled)
 RULES: dict[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
 CUSTOM: dict[str, Rule] = {}  # what users have registered, by qualified name
 FRAGILE_SECONDS = 1e3  # the price of a fragile recipe: above that of any sturdy one
@@ -271,6 +271,7 @@ def inverse_edges(
         *find_regions(capture),
         *find_rank_one(capture),
         *find_padded(capture),
+        *resampled.find_resampled(capture),
         *find_input_gradients(capture),
         *constant_regions(capture, known),
     )

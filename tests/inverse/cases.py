@@ -386,6 +386,72 @@ CIRCULAR = [
 ]
 
 
+def _resized(mode: str, **settings: object) -> object:
+    return lambda x: F.interpolate(x, mode=mode, **settings)
+
+
+RESAMPLED = [
+    Case("linear", _resized("linear", scale_factor=2), "bnw", vijp=False),
+    Case("linear, corners aligned", _resized("linear", size=11, align_corners=True), "bnw", vijp=False),
+    Case("linear to a size", _resized("linear", size=7), "bnk", vijp=False),
+    Case("bilinear", _resized("bilinear", scale_factor=2), "bnwk", vijp=False),
+    Case("bilinear, corners aligned", _resized("bilinear", size=(9, 6), align_corners=True), "bnwk", vijp=False),
+    Case("bilinear, uneven", _resized("bilinear", scale_factor=(1.7, 1.3)), "bnww", vijp=False),
+    Case("bilinear, along one side", _resized("bilinear", size=(9, 4)), "bnw4", vijp=False),
+    Case(
+        "bilinear, scale taken from sizes",
+        _resized("bilinear", scale_factor=1.7, recompute_scale_factor=True),
+        "bnww",
+        vijp=False,
+    ),
+    Case(
+        "bilinear, channels last",
+        lambda x: F.interpolate(_channels_last(x), scale_factor=2, mode="bilinear"),
+        "b346",
+        vijp=False,
+    ),
+    Case(
+        "bilinear, negated and halved",
+        lambda x: -F.interpolate(x, scale_factor=2, mode="bilinear") / 2,
+        "bnkk",
+        vijp=False,
+    ),
+    Case("trilinear", _resized("trilinear", scale_factor=2), "bn345", vijp=False),
+    Case("trilinear, corners aligned", _resized("trilinear", size=(5, 6, 7), align_corners=True), "bn345", vijp=False),
+    Case("bicubic", _resized("bicubic", scale_factor=2), "bnww", vijp=False),
+    Case("bicubic, corners aligned", _resized("bicubic", scale_factor=1.5, align_corners=True), "bnww", vijp=False),
+    Case("bilinear, antialiased", _resized("bilinear", scale_factor=2, antialias=True), "bnwk", vijp=False),
+    Case(
+        "bicubic, antialiased", _resized("bicubic", size=(9, 7), antialias=True, align_corners=True), "bnww", vijp=False
+    ),
+    Case("nearest to an uneven size", _resized("nearest", size=(8, 7)), "bnww", vijp=False),
+    Case("linear, shrinking", _resized("linear", scale_factor=0.5), "bn8", invert=False),
+    Case("linear, shrinking, corners aligned", _resized("linear", size=4, align_corners=True), "bnw", invert=False),
+    Case("bilinear, shrinking", _resized("bilinear", scale_factor=(0.5, 0.8)), "bn86", invert=False),
+    Case("trilinear, shrinking", _resized("trilinear", size=(2, 3, 4)), "bn455", invert=False),
+    Case("bicubic, shrinking", _resized("bicubic", scale_factor=(0.7, 0.9)), "bn98", invert=False),
+    Case("bilinear, antialiased, shrinking", _resized("bilinear", size=(5, 3), antialias=True), "bn98", invert=False),
+    Case("bicubic, antialiased, shrinking", _resized("bicubic", size=(5, 3), antialias=True), "bn98", invert=False),
+    Case("nearest, shrinking", _resized("nearest", scale_factor=0.25), "bn89", invert=False),
+    Case("bilinear, wider and lower", _resized("bilinear", size=(3, 9)), "bnww", invert=False, vijp=False),
+    Case(
+        "bilinear, and its image",
+        lambda x: F.interpolate(x, size=x.shape[-2:], mode="bilinear") + x.exp(),
+        "bnkk",
+        invert=False,
+        vijp=False,
+    ),
+    Case("bilinear by weights that are learned", lambda x, w: _between(x, w), "bnw 5", invert=False, vijp=False),
+]
+
+
+def _between(x: Tensor, w: Tensor) -> Tensor:
+    """Gathers of neighbours, mixed by weights that are values."""
+    index = torch.arange(5)
+    first, second = (aten._unsafe_index(x, [None, None, i]) for i in (index, (index + 1).clamp(max=4)))
+    return first + (second - first) * w
+
+
 def _root_mean_square(x: Tensor, dims: tuple[int, ...], epsilon: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dims, keepdim=True) + epsilon)
 
@@ -622,6 +688,7 @@ CASES = [
     *ITERATED,
     *PADDED,
     *CIRCULAR,
+    *RESAMPLED,
     *NORMALIZATION,
     *REFUSED,
     *COMPOSITE,
