@@ -62,7 +62,7 @@ def _solved(reader: Reader, total: Edge, x: int | None, summands: Sequence[int |
     path = _path(graph, x, y)
     own = {x}.union(*(edge.gives for edge in path))
     reads = tuple(dict.fromkeys(value for edge in path for value in edge.needs if value not in own))
-    if any(value in own for value in summands if value != x) and _are_plain(path):
+    if any(value in own for value in summands if value != x) and _is_branch(path):
         text = _written(path, (x, *reads))
         if text is not None:
             yield Region((x,), (y, *reads), partial(_undo, text, rounds), CONTRACTION, fragile=True)
@@ -94,8 +94,10 @@ def _path(graph: Graph, x: int, y: int) -> list[Edge]:
     return path
 
 
-def _are_plain(path: Sequence[Edge]) -> bool:
-    return len(path) <= MOST_STEPS and not any(e.label not in OPERATIONS or e.random or e.effect for e in path)
+def _is_branch(path: Sequence[Edge]) -> bool:
+    """Weights multiply something (x - tanh(x) is an activation), and nothing is normalized, drawn or written."""
+    plain = all(edge.label in OPERATIONS and not edge.random and not edge.effect for edge in path)
+    return plain and len(path) <= MOST_STEPS and any(edge.expensive for edge in path)
 
 
 # -- a path as text, for the operator -------------------------------------------------------------------------------
