@@ -126,3 +126,82 @@ def test_every_way_leads_to_the_same_cotangent(way: str) -> None:
     for edge in ways:
         found = run_edges([edge], {**truth, **fragments})[cotangent]
         assert (found - truth[cotangent]).norm() < 1e-6 * truth[cotangent].norm()
+
+
+class Triangular(nn.Module):
+    """An orthogonal tap at each output's own place, and random ones before it: `scale` times as large, all together."""
+
+    def __init__(self, channels: int, kernel: tuple[int, ...], scale: float) -> None:
+        super().__init__()
+        mask = torch.zeros(kernel)
+        mask.view(-1)[: mask.numel() // 2 + 1] = 1
+        self.register_buffer("mask", mask.expand(channels, channels, *kernel).clone())
+        weight = torch.randn(channels, channels, *kernel) * scale / (channels * (mask.numel() // 2)) ** 0.5
+        weight[(..., *(k // 2 for k in kernel))] = nn.init.orthogonal_(torch.empty(channels, channels))
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * self.mask, self.bias, padding=1)
+
+
+class Causal(nn.Module):
+    """What remains of a masked convolution in one dimension, padded on one side or cut behind it."""
+
+    def __init__(self, channels: int, scale: float, dilation: int, cut: bool) -> None:
+        super().__init__()
+        half = Triangular(channels, (5,), scale)
+        self.weight, self.bias = nn.Parameter(half.weight.data[..., :3].contiguous()), half.bias
+        self.dilation, self.cut = dilation, cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = 2 * self.dilation
+        if self.cut:
+            return F.conv1d(x, self.weight, self.bias, padding=before, dilation=self.dilation)[..., :-before]
+        return F.conv1d(F.pad(x, (before, 0)), self.weight, self.bias, dilation=self.dilation)
+
+
+def triangular_net(kind: str, scale: float, activation: nn.Module) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    makes = {
+        "masked": lambda i: Triangular(8, (3, 3), scale),
+        "causal": lambda i: Causal(8, scale, 2 ** (i % 3), cut=False),
+        "cut": lambda i: Causal(8, scale, 1, cut=True),
+    }
+    model = nn.Sequential(*(part for i in range(8) for part in (makes[kind](i), activation)))
+    return model, torch.randn(8, 8, 24, 24) if kind == "masked" else torch.randn(8, 8, 256)
+
+
+def train_triangular(model: nn.Module, x: Tensor, strategy: str, lowering: str = "eager") -> tuple[float, int]:
+    """The gradients' error, and how many blocks the strategy takes."""
+    ours = moonwalk_compile(copy.deepcopy(model), strategies=(strategy, "keep"), lowering=lowering, max_slowdown=1000)
+    for net in (model, ours):
+        (net(x) - 1).square().mean().backward()
+    assert ours.plan is not None
+    return gradient_error(gradients(ours), gradients(model)), sum(
+        segment.blocks for segment in ours.plan.segments if segment.strategy == strategy
+    )
+
+
+TRIANGULAR = [
+    *(("invert", kind, scale, "eager") for kind in ("masked", "causal", "cut") for scale in (0.3, 0.7)),
+    *(("invert", kind, 0.7, "inductor") for kind in ("masked", "causal")),
+    *(("moonwalk", kind, 0.3, "eager") for kind in ("masked", "causal")),
+]
+
+
+@pytest.mark.parametrize(("strategy", "kind", "scale", "lowering"), TRIANGULAR)
+def test_triangular_convolutions_are_undone(strategy: str, kind: str, scale: float, lowering: str) -> None:
+    model, x = triangular_net(kind, scale, nn.LeakyReLU(0.8) if strategy == "invert" else Abs())
+    error, count = train_triangular(model, x, strategy, lowering)
+    assert error < 1e-5
+    assert count >= 3
+
+
+@pytest.mark.parametrize("kind", ["masked", "causal"])
+@pytest.mark.parametrize(("strategy", "scale"), [("invert", 1.5), ("moonwalk", 0.7), ("moonwalk", 1.5)])
+def test_triangular_convolutions_that_amplify_errors_are_kept(strategy: str, scale: float, kind: str) -> None:
+    """What substitution adds up grows along the image; moonwalk takes no block that amplifies."""
+    model, x = triangular_net(kind, scale, nn.LeakyReLU(0.8) if strategy == "invert" else Abs())
+    error, count = train_triangular(model, x, strategy)
+    assert error < 1e-5
+    assert count == 0

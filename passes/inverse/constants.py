@@ -33,15 +33,16 @@ class Constants:
     """What is known of values, by value of the graph; `trusted` collects what a region rests on."""
 
     listed: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # integers along one dimension
-    masks: frozenset[int] = frozenset()  # tensors of zeros and ones
+    masks: Mapping[int, Tensor] = field(default_factory=dict)  # tensors of zeros and ones
     trusted: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, tensors: Mapping[int, Tensor]) -> Constants:
         """Of real tensors, outside of any fake mode."""
-        masks = (value for value, t in tensors.items() if t.is_floating_point() and set(t.unique().tolist()) == {0, 1})
+        floating = ((value, t) for value, t in tensors.items() if t.is_floating_point())
+        masks = {value: t.bool().cpu() for value, t in floating if set(t.unique().tolist()) == {0, 1}}
         listed = (value for value, t in tensors.items() if t.dtype == torch.int64 and t.numel() == max([0, *t.shape]))
-        return cls({value: tuple(tensors[value].flatten().tolist()) for value in listed}, frozenset(masks))
+        return cls({value: tuple(tensors[value].flatten().tolist()) for value in listed}, masks)
 
     def indices(self, value: int | None, size: int) -> tuple[int, ...] | None:
         """The distinct indices below `size` that `value` lists, or None."""
@@ -89,7 +90,7 @@ def divides_by_mask(capture: Capture, constants: Constants, edge: Edge) -> bool:
         return False
     made = [capture.graph.definition.get(value) for value in edge.needs]
     complements = (e for e in made if e is not None and e.label == "rsub" and len(e.needs) == 1)
-    return not constants.masks.isdisjoint((*edge.needs, *(e.needs[0] for e in complements)))
+    return not constants.masks.keys().isdisjoint((*edge.needs, *(e.needs[0] for e in complements)))
 
 
 def constant_regions(capture: Capture, constants: Constants) -> Iterator[Region]:

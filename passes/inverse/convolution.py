@@ -10,9 +10,8 @@ A convolution is a linear map A from an image to features (`geometry`). Two ques
 
 Images that another operation pads or crops are solved together with that (`padded`).
 
-Refused: the input of a square overlapping convolution (singular values of 1e-4). Triangular kernels could be solved by
-substitution, but that a kernel is masked is a matter of values, which no rule sees. Circular ones are solved by
-Fourier transform (`circular`).
+Refused: the input of a square overlapping convolution (singular values of 1e-4). Of these, triangular ones (causal, or
+known to be masked) are solved by substitution (`triangular`), circular ones by Fourier transform (`circular`).
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from .rank_one import find_rank_one
 from .regions import find_regions
 from .rule import Call, Recipe, Region, Rule, result_places
 from .spine import find_input_gradients
+from .triangular import find_triangular
 
 FAMILIES = (pointwise, erasing, pooling, shape, linear, convolution, normalization, resampled)
 RULES: dict[str, Rule] = {name: rule for family in FAMILIES for name, rule in family.RULES.items()}
@@ -271,6 +272,7 @@ def inverse_edges(
         *find_regions(capture),
         *find_rank_one(capture),
         *find_padded(capture),
+        *find_triangular(capture, known),
         *resampled.find_resampled(capture),
         *find_input_gradients(capture),
         *constant_regions(capture, known),

@@ -335,7 +335,6 @@ PADDED = [
     Case("padded on both sides", _padded((1, 1), stride=2), "b48 243", invert=False),
     Case("padded with ones", lambda x, w: F.conv1d(F.pad(x, (1, 1), value=1.0), w), "b27 423", invert=False),
     Case("padded, clusters", _padded((0, 2, 1, 1)), "8299 2233", invert=False),
-    Case("causal", _padded((2, 0)), "b27 223", invert=False),
     Case("causal, narrowing", _padded((2, 0)), "b27 123", invert=False),
     Case("causal, widening", _padded((4, 0), dilation=2), "b27 423 4", vijp=False),
     Case("uneven, widening", _padded((1, 2)), "b27 424 4"),
@@ -383,6 +382,52 @@ CIRCULAR = [
     Case("circular, and zeros beyond", _circular((1, 1), padding=1), "b27 225", invert=False),
     Case("circular, strided", _circular((1, 1), stride=2), "b27 223", invert=False),
     Case("circular, too short", _circular((1, 0)), "b27 223", invert=False),
+]
+
+
+def _weighted(w: Tensor, *tap: int) -> Tensor:
+    """With a heavy tap, so that substitution is stable."""
+    rows, columns = w.shape[:2]
+    heavy = torch.eye(columns, dtype=w.dtype).repeat(rows // columns, 1)
+    return w + 2 * F.pad(heavy[(..., *[None] * len(tap))], _around(w, tap))
+
+
+def _around(w: Tensor, tap: tuple[int, ...]) -> list[int]:
+    sides = zip(reversed(tap), reversed(w.shape[2:]), strict=True)
+    return [side for t, k in sides for side in (t % k, k - 1 - t % k)]
+
+
+def _causal(pads: tuple[int, ...], *tap: int, **settings: object) -> object:
+    convolve = _padded(pads, **settings)
+    return lambda x, w, b=None: convolve(x, _weighted(w, *tap), b)
+
+
+def _cut(side: slice, **settings: object) -> object:
+    """Padded on both sides by the convolution, and cut."""
+    return lambda x, w, b=None: F.conv1d(x, _weighted(w, -1 if side.stop else 0), b, **settings)[..., side]
+
+
+TRIANGULAR = [
+    Case("causal", _causal((2, 0), -1), "b29 223 2"),
+    Case("causal, long", lambda x, w: F.conv1d(F.pad(x.flatten(2), (1, 0)), _weighted(w, -1)), "2399 332"),
+    Case("anticausal", _causal((0, 2), 0), "b29 223"),
+    Case("causal, dilated", _causal((6, 0), -1, dilation=3), "b28 223 2"),
+    Case("causal, far", _causal((8, 0), -1, dilation=4), "b22 223"),
+    Case("causal, grouped", _causal((2, 0), -1, groups=2), "b49 423 4"),
+    Case("causal, depthwise", _causal((2, 0), -1, groups=3), "b39 313"),
+    Case("causal, cut", _cut(slice(None, -2), padding=2), "b29 223 2"),
+    Case("anticausal, cut", _cut(slice(2, None), padding=2), "b29 223 2"),
+    Case("causal, dilated, cut", _cut(slice(None, -4), padding=4, dilation=2), "b29 223"),
+    Case("causal along both sides", _causal((2, 0, 1, 0), -1, -1), "b256 2223"),
+    Case("causal and anticausal", _causal((0, 2, 1, 0), -1, 0), "b256 2223 2"),
+    Case("causal along one side", _causal((0, 0, 2, 0), -1, 0), "b256 2231"),
+    Case("causal along one side, dilated", _causal((0, 0, 4, 0), -1, 0, dilation=(2, 1)), "b256 2231"),
+    Case("causal in three dimensions", _causal((1, 0, 0, 1, 1, 0), -1, 0, -1), "b2345 22222"),
+    Case("causal, transposed", lambda x, w: F.conv_transpose1d(x, _weighted(w, 0))[..., :-2], "b29 223"),
+    Case("causal, strided", _causal((1, 0), -1, stride=2), "b28 222", invert=False),
+    Case("causal, shifted", _causal((3, -1), -1), "b29 223", invert=False, vijp=False),
+    Case("causal, padded with ones", lambda x, w: F.conv1d(F.pad(x, (2, 0), value=1.0), w), "b27 223", invert=False),
+    Case("causal, one side of both", _causal((1, 1, 2, 0), -1, 1), "8266 2233", invert=False),
 ]
 
 
@@ -688,6 +733,7 @@ CASES = [
     *ITERATED,
     *PADDED,
     *CIRCULAR,
+    *TRIANGULAR,
     *RESAMPLED,
     *NORMALIZATION,
     *REFUSED,
