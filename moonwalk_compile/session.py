@@ -339,13 +339,25 @@ class Session:
         return planner.smallest() if found is None else planner.tidied(found, budget, math.inf)
 
     def _lower(self, planned: Planned, limit: float) -> int:
-        """Compile both halves; return the peak of what was generated (of the simulation where that is what runs)."""
+        """Compile both halves; return the peak of what was generated (of the simulation where that is what runs).
+
+        Depthwise kernels are fast on images channels last, but need room there: where it lacks, the smallest plan does
+        without.
+        """
         assert self.analysis is not None
         started = time.perf_counter()
         aim = Aim(limit, CUTS if self.cornered else 0)
-        self.forward, self.backward = self.lowerer.halves(planned.schedule, self.analysis.held, aim)
+        lowered = [self.lowerer.halves(planned.schedule, self.analysis.held, aim)]
+        if self.cornered and _peak(lowered[0]) > limit and self.lowerer.channels_last:
+            aim = replace(aim, channels_last=False)
+            lowered.append(self.lowerer.halves(planned.schedule, self.analysis.held, aim))
+        self.forward, self.backward = min(lowered, key=_peak)
         self.lowering_s += time.perf_counter() - started
-        return max(self.forward.peak, self.backward.peak) or planned.peak
+        return _peak((self.forward, self.backward)) or planned.peak
+
+
+def _peak(halves: tuple[Half, Half]) -> int:
+    return max(half.peak for half in halves)
 
 
 @contextlib.contextmanager

@@ -47,10 +47,14 @@ class Half:
 
 @dataclass(frozen=True)
 class Aim:
-    """The peak above which a half is not lowered whole, and how often its pieces may be cut to get below it."""
+    """The peak above which a half is not lowered whole, and how often its pieces may be cut to get below it.
+
+    Without `channels_last`, images keep the layouts in which they were captured, or that Inductor gives them.
+    """
 
     limit: float
     cuts: int
+    channels_last: bool = True
 
 
 def as_boxed(call: Boxed) -> Boxed:
@@ -150,13 +154,16 @@ class Lowerer:
         self.given: Mapping[int, Any] = {}  # what the forward half hands over in a layout of its own
         drawn_like = {value for edge in analysis.graph.edges if edge.random for value in edge.needs}
         self.exact = {*analysis.graph.output_values, *analysis.graph.gradient_values, *drawn_like}
-        self.free = all(ignores_layout(op) for edge in analysis.graph.edges for op in edge.operations)
+        operations = [operation for edge in analysis.graph.edges for operation in edge.operations]
+        self.free = all(map(ignores_layout, operations))
         self.on_cpu = all(fake.device.type == "cpu" for fake in analysis.fakes.values() if isinstance(fake, Tensor))
-        self.channels_last = self.free and self.on_cpu and mkldnn.is_available() and bool(mkldnn.enabled)
-        self.too_large: set[bool] = set()  # whether the backward half, or the forward half, was when lowered whole
+        convolves = any("convolution" in base_name(operation.target) for operation in operations)
+        onednn = mkldnn.is_available() and bool(mkldnn.enabled)
+        self.channels_last = self.laid_out = convolves and self.free and self.on_cpu and onednn
+        self.too_large: set[tuple[bool, bool]] = set()  # halves that were when lowered whole: is_backward, laid_out
 
     def halves(self, schedule: Schedule, pinned: Sequence[int], aim: Aim) -> tuple[Half, Half]:
-        self.given = {}
+        self.given, self.laid_out = {}, self.channels_last and aim.channels_last
         with kernels_in_background() if self.on_cpu else contextlib.nullcontext():
             forward = self.half(schedule.forward, False, (), aim)
             self.given = forward.given
@@ -173,12 +180,13 @@ class Lowerer:
         groups: Sequence[Sequence[Instruction]] = group_by_block(program)
         pieces = cut_pieces(self.analysis, program, groups)
         whole = len(program.instructions) <= FEW or 2 * len({piece.key for piece in pieces}) > len(pieces)
-        if whole and is_backward not in self.too_large:
+        kind = (is_backward, self.laid_out)
+        if whole and kind not in self.too_large:
             one = cut_pieces(self.analysis, program, [program.instructions])
             half, _ = self._in_pieces(program, one, is_backward, pinned)
             if half.peak <= aim.limit:
                 return half
-            self.too_large.add(is_backward)
+            self.too_large.add(kind)
         best, worst = self._in_pieces(program, pieces, is_backward, pinned)
         if best.peak <= aim.limit or not aim.cuts:
             return best
@@ -240,7 +248,8 @@ class Lowerer:
         roles = [self.analysis.graph.values[value].role for _, value in piece.program.inputs]
         values = {i.slot: i.value for i in piece.program.instructions}
         exact = tuple(place for place, slot in enumerate(piece.results) if self._is_exact(values[slot]))
-        key = (is_backward, piece.key, tuple(map(metadata, arguments.values())), tuple(roles), donated, exact)
+        layouts = (tuple(map(metadata, arguments.values())), exact, self.laid_out)
+        key = (is_backward, piece.key, layouts, tuple(roles), donated)
         if key not in self.compiled:
             module = to_module(self.analysis, piece.program, self.root, "MoonwalkPiece", arguments)
             static = [place for place, role in enumerate(roles) if role in ("parameter", "buffer")]
@@ -250,7 +259,7 @@ class Lowerer:
                 static_inputs=static,
                 donated=donated,
                 exact_strides=exact,
-                channels_last=self.channels_last,
+                channels_last=self.laid_out,
                 workspace=self.workspace,
             )
         return self.compiled[key]
