@@ -155,7 +155,7 @@ def operation_seconds(operation: Operation, device: Device) -> float:
         return measured
     name = base_name(operation.target)
     rounds = _rounds(operation)
-    arithmetic = operation.flops / _rate(operation, device)
+    arithmetic = operation.flops / _rate(name, operation, device)
     memory = rounds * operation.moved / device.bandwidth
     elements = sum(operation.new) / 4
     special = elements * SPECIAL.get(name, 0.0) / device.transcendental
@@ -163,9 +163,9 @@ def operation_seconds(operation: Operation, device: Device) -> float:
     return rounds * device.overhead + max(arithmetic, memory, special, drawn)
 
 
-def _rate(operation: Operation, device: Device) -> float:
+def _rate(name: str, operation: Operation, device: Device) -> float:
     """Floating-point operations per second."""
-    if base_name(operation.target) == "convolution_backward" and operation.args[9] > 1:
+    if name == "convolution_backward" and operation.args[9] > 1:
         return min(device.flops, device.grouped if device.fused else device.grouped_strided)
     return device.flops
 

@@ -140,7 +140,7 @@ def kernels_in_background() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _isolated(mode: FakeTensorMode, donated: Sequence[int], laid_out: bool = False) -> Iterator[None]:
+def _isolated(mode: FakeTensorMode, donated: Sequence[int], channels_last: bool) -> Iterator[None]:
     """Hide the surrounding compilation, and fix the switches that the calling convention and the replay rely on.
 
     AOTAutograd's tracing context would tell Inductor which of *its* backward inputs it may overwrite, and collects the
@@ -158,7 +158,7 @@ def _isolated(mode: FakeTensorMode, donated: Sequence[int], laid_out: bool = Fal
     }
     context = TracingContext(mode)
     overwritable = patch.object(inductor_graph, "get_donated_idxs", lambda: list(donated))
-    layouts = _traced_layouts() if laid_out else contextlib.nullcontext()
+    layouts = _traced_layouts() if channels_last else contextlib.nullcontext()
     with (
         overwritable,
         layouts,
@@ -251,8 +251,8 @@ def _decompose(
     constants: list[str],
     fakes: list[Any],
     mode: Any,
-    exact: Sequence[int] = (),
-    channels_last: bool = False,
+    exact: Sequence[int],
+    channels_last: bool,
 ) -> GraphModule:
     """Inductor's dialect of `gm`, with one extra placeholder per constant, ready for `compile_fx_inner`.
 

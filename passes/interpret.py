@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,23 @@ import torch
 from .graph import Edge, map_refs
 
 
+def filled(tree: Any, items: Sequence[Any]) -> Any:
+    """`tree` with an item in the place of each reference."""
+    return map_refs(tree, lambda ref: items[ref.slot])
+
+
+def run_steps(steps: Iterable[tuple[Any, Any, Any]], inputs: Iterable[Any]) -> list[Any]:
+    """The inputs, and behind them the result of each step: an operator, arguments, keyword arguments."""
+    slots = list(inputs)
+    for operator, args, kwargs in steps:
+        given, named = filled((tuple(args), dict(kwargs)), slots)
+        slots.append(operator(*given, **named))
+    return slots
+
+
 def run_edge(edge: Edge, needs: Iterable[Any]) -> tuple[Any, ...]:
     """The values `edge.gives` from the values `edge.needs`."""
-    slots = list(needs)
-    for operation in edge.operations:
-        args = map_refs(tuple(operation.args), lambda ref: slots[ref.slot])
-        kwargs = {name: map_refs(item, lambda ref: slots[ref.slot]) for name, item in operation.kwargs.items()}
-        slots.append(operation.target(*args, **kwargs))
+    slots = run_steps(((o.target, o.args, o.kwargs) for o in edge.operations), needs)
     return tuple(slots[result] for result in edge.results)
 
 

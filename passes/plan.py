@@ -34,20 +34,8 @@ HARDLY = 0.01  # part of a step's time that a plan of fewer segments may take lo
 HARDLY_LARGER = 0.005  # part of the smallest peak that is not worth a slower plan
 REACH = 8  # blocks behind a chain over which it may be grown
 TRIALS = 4  # such plans that are simulated
-SCALES = (
-    1.0,
-    1.01,
-    1.02,
-    1.04,
-    1.07,
-    1.12,
-    1.2,
-    1.5,
-    2.0,
-    3.0,
-    5.0,
-    8.0,
-)  # of a modelled peak, until the simulated time is in reach
+# Of a modelled peak, until the simulated time is in reach.
+SCALES = (1.0, 1.01, 1.02, 1.04, 1.07, 1.12, 1.2, 1.5, 2.0, 3.0, 5.0, 8.0)
 
 
 class NoPlan(Exception):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moonwalk_compile import moonwalk_compile
 from moonwalk_compile.measure import gradient_error, gradients
+from moonwalk_compile.passes._torch_compat_inductor import extern_kernels
 from moonwalk_compile.passes.lower import Half, Lowerer
 from moonwalk_compile.peers import same_random_numbers
 
@@ -139,16 +140,22 @@ def test_convolutions_get_images_channels_last_in_both_directions(budget: str, m
     with same_random_numbers("inductor"):
         ours(x).sum().backward()
     images: list[Tensor] = []
-    real = torch.ops.aten.convolution_backward.default
+    given: list[Tensor] = []
+    forward, backward = extern_kernels.convolution, torch.ops.aten.convolution_backward.default
 
-    def recording(*args: Any) -> Any:
+    def convolution(image: Tensor, *args: Any, **named: Any) -> Tensor:
+        given.append(image)
+        return forward(image, *args, **named)
+
+    def convolution_backward(*args: Any) -> Any:
         images.extend(args[:2])
-        return real(*args)
+        return backward(*args)
 
-    monkeypatch.setattr(torch.ops.aten.convolution_backward, "default", recording)
+    monkeypatch.setattr(extern_kernels, "convolution", convolution)
+    monkeypatch.setattr(torch.ops.aten.convolution_backward, "default", convolution_backward)
     ours(x).sum().backward()
-    assert len(images) == 8
-    assert all(image.is_contiguous(memory_format=torch.channels_last) for image in images)
+    assert len(given) >= 4 and len(images) == 8
+    assert all(image.is_contiguous(memory_format=torch.channels_last) for image in (*given, *images))
 
 
 @pytest.mark.parametrize("budget", ["100%", "60%"])

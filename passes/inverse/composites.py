@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..bits import put_marked
-from ..graph import Edge, Graph, Ref, map_refs
+from ..graph import Edge, Graph, Ref
+from ..interpret import filled, run_steps
 from . import erasing
 from .reader import Reader
 from .rule import Region
@@ -158,14 +159,10 @@ def _calls(chain: _Chain, inputs: Sequence[int]) -> tuple[Step, ...]:
     for edge in chain.edges:
         operation = edge.operations[0]
         places = [slots[value] for value in edge.needs]
-        args, kwargs = _placed((tuple(operation.args), dict(operation.kwargs)), [Ref(place) for place in places])
+        args, kwargs = filled((tuple(operation.args), dict(operation.kwargs)), [Ref(place) for place in places])
         calls.append((operation.target, args, tuple(sorted(kwargs.items()))))
         slots[edge.gives[0]] = len(slots)
     return tuple(calls)
-
-
-def _placed(tree: Any, items: Sequence[Any]) -> Any:
-    return map_refs(tree, lambda ref: items[ref.slot])
 
 
 def _is_hashable(steps: tuple[Any, ...]) -> bool:
@@ -176,14 +173,7 @@ def _is_hashable(steps: tuple[Any, ...]) -> bool:
 
 def _derivatives(steps: Sequence[Sequence[Step]], like: Tensor, reads: Sequence[Tensor]) -> list[Tensor]:
     """What each chain makes of ones."""
-    found = []
-    for calls in steps:
-        slots = [torch.ones_like(like), *reads]
-        for operator, args, kwargs in calls:
-            filled, named = _placed((args, dict(kwargs)), slots)
-            slots.append(operator(*filled, **named))
-        found.append(slots[-1])
-    return found
+    return [run_steps(calls, [torch.ones_like(like), *reads])[-1] for calls in steps]
 
 
 def _divide(count: int, steps: Sequence[Sequence[Step]], *values: Tensor) -> Tensor:

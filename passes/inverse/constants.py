@@ -93,10 +93,9 @@ def divides_by_mask(capture: Capture, constants: Constants, edge: Edge) -> bool:
     return not constants.masks.keys().isdisjoint((*edge.needs, *(e.needs[0] for e in complements)))
 
 
-def constant_regions(capture: Capture, constants: Constants) -> Iterator[Region]:
+def constant_regions(reader: Reader, constants: Constants) -> Iterator[Region]:
     """The regions of the joint graph that rest on `constants`."""
     if constants.listed or constants.masks:
-        reader = Reader(capture)
         yield from _gathered(reader, constants)
         yield from _written(reader, constants)
         yield from _mixtures(reader, constants)

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.library import Library, register_fake
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from ..graph import Edge, Graph, Ref, map_refs
+from ..graph import Edge, Graph, Ref
+from ..interpret import filled, run_steps
 from . import convolution, erasing, pointwise, shape
 from .reader import Reader
 from .rule import Region
@@ -109,7 +110,7 @@ def _written(path: Sequence[Edge], inputs: Sequence[int]) -> str | None:
     for edge in path:
         own = [slots[value] for value in edge.needs]
         for operation in edge.operations:
-            placed = _filled((_arguments(edge, operation.args), operation.kwargs), [Ref(slot) for slot in own])
+            placed = filled((_arguments(edge, operation.args), operation.kwargs), [Ref(slot) for slot in own])
             own.append(len(inputs) + len(lines))
             try:
                 lines.append(json.dumps([_name(operation.target), *placed], default=asdict))
@@ -117,10 +118,6 @@ def _written(path: Sequence[Edge], inputs: Sequence[int]) -> str | None:
                 return None
         slots.update(zip(edge.gives, (own[result] for result in edge.results), strict=True))
     return "\n".join(lines)
-
-
-def _filled(tree: Any, items: Sequence[Any]) -> Any:
-    return map_refs(tree, lambda ref: items[ref.slot])
 
 
 def _arguments(edge: Edge, args: Sequence[Any]) -> Sequence[Any]:
@@ -152,11 +149,7 @@ def _operator(name: str) -> Callable[..., Any]:
 
 
 def _run(text: str, inputs: Sequence[Tensor]) -> Tensor:
-    slots: list[Any] = list(inputs)
-    for function, args, kwargs in _read(text):
-        filled, named = _filled((args, kwargs), slots)
-        slots.append(function(*filled, **named))
-    result: Tensor = slots[-1]
+    result: Tensor = run_steps(_read(text), inputs)[-1]
     return result
 
 

@@ -22,6 +22,7 @@ from .constants import Constants, constant_regions, divides_by_mask
 from .orthogonal import orthogonal_values
 from .padded import find_padded
 from .rank_one import find_rank_one
+from .reader import Reader
 from .regions import find_regions
 from .rule import Call, Recipe, Region, Rule, result_places
 from .spine import find_input_gradients
@@ -268,14 +269,15 @@ def inverse_edges(
     known = constants or Constants()
     found = [inverse for edge in capture.graph.edges for inverse in inverter.of_edge(edge)]
     found = [edge for edge in found if not divides_by_mask(capture, known, edge)]
+    reader = Reader(capture)
     regions = (
-        *find_regions(capture),
-        *find_rank_one(capture),
-        *find_padded(capture),
-        *find_triangular(capture, known),
-        *resampled.find_resampled(capture),
+        *find_regions(reader),
+        *find_rank_one(reader),
+        *find_padded(reader),
+        *find_triangular(reader, known),
+        *resampled.find_resampled(reader),
         *find_input_gradients(capture),
-        *constant_regions(capture, known),
+        *constant_regions(reader, known),
     )
     found += [inverse for region in regions for inverse in inverter.of_region(region)]
     return tuple(found)

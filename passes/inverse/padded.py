@@ -14,7 +14,6 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from ..capture import Capture
 from ..graph import Edge
 from .circular import is_solvable, undo_circular
 from .convolution import Way, undo_gathering, undo_scattering, without_bias
@@ -27,13 +26,10 @@ from .scattered import CROWDED
 Problem = tuple[Geometry, int, torch.dtype, bool, bool]  # with the batch; whether scattered; whether a cotangent
 
 
-def find_padded(capture: Capture) -> Iterator[Region]:
+def find_padded(reader: Reader) -> Iterator[Region]:
     """Every convolution whose image was padded, or cropped, by something else."""
-    reader = Reader(capture)
-    for edge in reader.edges("convolution", "convolution_backward"):
-        argument, weight = reader.value(edge, 0), reader.value(edge, 1 if edge.label == "convolution" else 2)
-        if argument is not None and weight is not None and 0 in result_places(edge):
-            yield from _of_convolution(reader, edge, argument, weight)
+    for edge, argument, weight in reader.convolutions():
+        yield from _of_convolution(reader, edge, argument, weight)
 
 
 def _of_convolution(reader: Reader, edge: Edge, argument: int, weight: int) -> Iterator[Region]:

@@ -14,7 +14,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..capture import Capture
 from ..graph import Edge
 from .reader import Reader
 from .rule import Region
@@ -66,9 +65,8 @@ class _Match:
     products: tuple[int, ...]
 
 
-def find_rank_one(capture: Capture) -> Iterator[Region]:
+def find_rank_one(reader: Reader) -> Iterator[Region]:
     """For each match, the gradient's inverse and a cheaper way to the gradient itself."""
-    reader = Reader(capture)
     roots = {value: root for root in sum_roots(reader) for value in added_up(reader, root)}
     for match in (*_root_mean_squares(reader), *_lengths(reader)):
         root = roots.get(match.products[0])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from ..capture import Capture
 from ..graph import Edge, Graph, Ref
+from .rule import result_places
 
 
 class Reader:
@@ -39,3 +41,10 @@ class Reader:
 
     def edges(self, *labels: str) -> list[Edge]:
         return [edge for edge in self.graph.edges if edge.label in labels]
+
+    def convolutions(self) -> Iterator[tuple[Edge, int, int]]:
+        """Convolutions and gradients of their images, each with what it is linear in and its weight."""
+        for edge in self.edges("convolution", "convolution_backward"):
+            argument, weight = self.value(edge, 0), self.value(edge, 1 if edge.label == "convolution" else 2)
+            if argument is not None and weight is not None and 0 in result_places(edge):
+                yield edge, argument, weight

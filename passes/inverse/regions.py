@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import Capture
 from .composites import find_composites, find_softsigns
 from .contraction import find_contractions
 from .folds import find_folds
@@ -25,16 +24,15 @@ from .sums import added_up, subtract, sum_roots
 Step = tuple[int, slice | int]  # one slice or selection along a dimension
 
 
-def find_regions(capture: Capture) -> Iterator[Region]:
-    """Every region of the joint graph."""
-    reader = Reader(capture)
+def find_regions(reader: Reader) -> Iterator[Region]:
+    """Every region of the joint graph that belongs to no family of its own."""
     yield from _tilings(reader)
     yield from _disjoint_sums(reader)
     yield from find_folds(reader)
     yield from find_softsigns(reader)
     yield from find_composites(reader)
     yield from find_contractions(reader)
-    for edge in capture.graph.edges:
+    for edge in reader.graph.edges:
         if edge.label.endswith(("pool2d_backward", "pool3d_backward", "with_indices_backward")):
             region = shape_only(edge, reader.shape(edge.gives[0]))
             if region is not None:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from .._torch_compat import disable_current_modes
-from ..capture import Capture
 from ..graph import Edge, Ref
 from .constants import computed, outer_indices
 from .linear import left_inverse
@@ -224,13 +223,12 @@ _SCALING: dict[str, Callable[[_Finder, Edge], Terms]] = {
 _STEPS: dict[str, Callable[[_Finder, Edge], Terms]] = {**_SCALING, "_unsafe_index": _pick, "_unsafe_index_put": _put}
 
 
-def find_resampled(capture: Capture) -> Iterator[Region]:
+def find_resampled(reader: Reader) -> Iterator[Region]:
     """Every image that is resampled, and every cotangent whose gradient is."""
-    reader = Reader(capture)
     if not reader.edges("_unsafe_index", "_unsafe_index_put"):
         return
     with disable_current_modes():
-        constants = computed(capture, anywhere=True)
+        constants = computed(reader.capture, anywhere=True)
         found = [*_found(reader, constants)]
     yield from found
 

@@ -26,7 +26,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from .._torch_compat import disable_current_modes
-from ..capture import Capture
 from ..graph import Edge
 from .constants import Constants
 from .convolution import without_bias
@@ -173,14 +172,10 @@ class _Place:
     offset: tuple[int, ...]
 
 
-def find_triangular(capture: Capture, constants: Constants) -> Iterator[Region]:
+def find_triangular(reader: Reader, constants: Constants) -> Iterator[Region]:
     """Every convolution that padding, a crop behind it, or a mask makes triangular."""
-    reader = Reader(capture)
-    for edge in reader.edges("convolution", "convolution_backward"):
-        backward = edge.label == "convolution_backward"
-        argument, weight = reader.value(edge, 0), reader.value(edge, 2 if backward else 1)
-        if argument is not None and weight is not None and 0 in result_places(edge):
-            yield from _of_convolution(reader, constants, edge, argument, weight)
+    for edge, argument, weight in reader.convolutions():
+        yield from _of_convolution(reader, constants, edge, argument, weight)
 
 
 def _of_convolution(reader: Reader, constants: Constants, edge: Edge, argument: int, weight: int) -> Iterator[Region]:
