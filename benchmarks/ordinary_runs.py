@@ -33,7 +33,8 @@ class Figure:
     """What one variant of one model took. Bytes; times relative to plain's in the same lowering.
 
     `budget` and the predictions are of ours; `against` names the peer whose measured peak was the budget, and then
-    `against_ratio` is the time relative to that peer's.
+    `against_ratio` is the time relative to that peer's. `time_floor` and `against_floor` are the lower ends of the 95%
+    intervals of the two ratios: only what lies above a bar with those is above it beyond noise.
     """
 
     model: str
@@ -50,6 +51,8 @@ class Figure:
     error: float | None = None
     against: str = ""
     against_ratio: float | None = None
+    time_floor: float = 1.0
+    against_floor: float | None = None
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -134,9 +137,14 @@ def measure_model(name: str, lowering: str, scale: str, budgets: int, repeats: i
                     against=against,
                 )
             )
-        timings = time_interleaved({t: v.step for t, v in variants.items()}, repeats=repeats)
+        beside = {title: against or "plain" for title, (_, _, against) in made.items()}
+        order = sorted(variants, key=lambda title: list(found).index(beside.get(title, title)))
+        timings = time_interleaved({title: variants[title].step for title in order}, repeats=repeats)
     for figure in figures:
-        figure.time_ratio = timings[figure.name].ratio_to(timings["plain"])
+        timing = timings[figure.name]
+        figure.time_ratio = timing.ratio_to(timings["plain"])
+        figure.time_floor = timing.interval_to(timings["plain"])[0]
         if figure.against:
-            figure.against_ratio = timings[figure.name].ratio_to(timings[figure.against])
+            figure.against_ratio = timing.ratio_to(timings[figure.against])
+            figure.against_floor = timing.interval_to(timings[figure.against])[0]
     return figures

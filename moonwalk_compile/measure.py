@@ -66,6 +66,20 @@ class Timing:
         """Median of the pairwise ratios to another step that was timed by the same call."""
         return _median_ratio(self.samples, other.samples)
 
+    def interval_to(self, other: Timing) -> tuple[float, float]:
+        """Where that ratio lies with a probability of 95%, whatever the noise is like; the extremes of few samples.
+
+        The median of n independent samples lies between the k-th smallest and the k-th largest of them unless fewer
+        than k fell on one of its sides.
+        """
+        ratios = sorted(a / b for a, b in zip(self.samples, other.samples, strict=True))
+        below, rank = 0.0, 0
+        while below + math.comb(len(ratios), rank) / 2 ** len(ratios) <= 0.025:
+            below += math.comb(len(ratios), rank) / 2 ** len(ratios)
+            rank += 1
+        rank = max(rank - 1, 0)
+        return ratios[rank], ratios[-1 - rank]
+
 
 @dataclass(frozen=True)
 class Comparison:

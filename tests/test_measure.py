@@ -120,6 +120,15 @@ def test_ratio_is_the_median_of_pairs():
     assert Timing(2.0, 1.0, (2.0, 8.0, 3.0)).ratio_to(Timing(1.0, 1.0, (1.0, 2.0, 3.0))) == 2
 
 
+def test_the_interval_of_a_ratio_leaves_out_what_single_runs_may_show():
+    def timing(*samples):
+        return Timing(1.0, 1.0, tuple(float(s) for s in samples))
+
+    assert timing(3, 9, 1).interval_to(timing(1, 1, 1)) == (1, 9)
+    assert timing(*range(9, 0, -1)).interval_to(timing(*[1] * 9)) == (2, 8)  # fewer than 2 of 9: 2.0% on either side
+    assert timing(*range(25)).interval_to(timing(*[2] * 25)) == (3.5, 8.5)  # fewer than 8 of 25: 2.2%
+
+
 @pytest.mark.parametrize("arguments", [{"steps": {}}, {"steps": {"a": int}, "repeats": 0}])
 def test_nothing_to_time(arguments):
     with pytest.raises(ValueError, match="at least one"):
