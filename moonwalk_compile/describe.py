@@ -14,7 +14,6 @@ from .passes.graph import Role, Value
 from .passes.liveness import Timeline
 from .passes.lower import Half
 from .passes.plan import Planned, Planner
-from .passes.solutions import Facts
 from .report import Plan, Segment
 
 Halves = tuple[Half, Half]
@@ -30,13 +29,12 @@ def describe(
 ) -> Plan:
     """The public plan. With `halves`, peaks are those of the generated code where it could be read."""
     forward, backward = _timelines(planned, halves)
-    facts = planner.facts if planned.packed else planner.whole
     return Plan(
         peak_bytes=max(forward.peak, backward.peak),
         plain_peak_bytes=plain.peak,
         time_s=planned.seconds,
         plain_time_s=plain.seconds,
-        segments=tuple(_segment(planner, facts, choice) for choice in planned.segments),
+        segments=tuple(_segment(planner, choice) for choice in planned.segments),
         budget_bytes=None if options.budget is None else options.budget.resolve(plain.peak),
         device=analysis.device.name,
         lowering=options.lowering,
@@ -70,8 +68,8 @@ def _notes(planner: Planner, planned: Planned) -> tuple[str, ...]:
     return ()
 
 
-def _segment(planner: Planner, facts: Facts, choice: Choice) -> Segment:
-    analysis = planner.analysis
+def _segment(planner: Planner, choice: Choice) -> Segment:
+    analysis, facts = planner.analysis, planner.facts
     blocks = [analysis.blocks[index] for index in choice.span]
     names = [analysis.graph.values[edge.gives[0]].name for block in blocks for edge in block.forward if edge.gives]
     provisional = bool(planner.uncertified([choice]))

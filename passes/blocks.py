@@ -22,9 +22,9 @@ class Block:
     """A contiguous piece of the forward pass, and the backward edges that belong to it.
 
     `live_in` and `live_out` are the forward values that cross its borders (inputs of the step apart, and what only
-    mutations read), `demanded` the
-    forward values that its backward edges read, `cotangents_in` those it receives from later blocks and
-    `cotangents_out` those that it hands to earlier ones, `gradients` the results of the step that it produces.
+    mutations still read), `demanded` the forward values that its backward edges read, `cotangents_in` those it receives
+    from later blocks and `cotangents_out` those that it hands to earlier ones, `gradients` the results of the step that
+    it produces.
     """
 
     index: int
@@ -51,12 +51,11 @@ def forward_chain(graph: Graph) -> list[Edge]:
 
 
 def live_sets(graph: Graph, chain: Sequence[Edge]) -> list[frozenset[int]]:
-    """For each position p, the values produced before edge p and still wanted by the forward pass from p on."""
-    live = {value for value in graph.output_values if value not in graph.static}
-    for edge in graph.stage_edges("forward"):
-        if edge.effect:
-            live.update(value for value in edge.needs if value not in graph.static and value in graph.definition)
-    live -= set(graph.primals)
+    """For each position p, the values produced before edge p and still wanted by the forward pass from p on.
+
+    New running statistics are not among them once they only wait for the mutation behind it: no block wants them.
+    """
+    live = {value for value in graph.output_values if value not in graph.static} - set(graph.primals)
     sets = [frozenset(live)]
     for edge in reversed(chain):
         live.difference_update(edge.gives)
@@ -87,13 +86,6 @@ def _only_waiting(graph: Graph, chain: Sequence[Edge]) -> list[frozenset[int]]:
         idle = idle.difference(edge.needs)
         sets.append(idle)
     return sets[::-1]
-
-
-def _only_for_effects(graph: Graph) -> frozenset[int]:
-    """Values that only a mutation behind the forward pass reads, as new running statistics: no block wants them."""
-    read = {value for edge in graph.edges if not edge.effect for value in edge.needs}
-    written = {value for edge in graph.stage_edges("forward") if edge.effect for value in edge.needs}
-    return frozenset(written - read - set(graph.output_values))
 
 
 def cut_positions(graph: Graph, chain: Sequence[Edge], live: Sequence[frozenset[int]]) -> list[int]:
@@ -164,8 +156,7 @@ def find_blocks(graph: Graph, inverse: Iterable[Edge] = ()) -> tuple[Block, ...]
     With `inverse` edges, what can be inverted together stays together.
     """
     chain = forward_chain(graph)
-    behind = _only_for_effects(graph)
-    live = [values - behind for values in live_sets(graph, chain)]
+    live = live_sets(graph, chain)
     cuts = joined_cuts(graph, chain, live, cut_positions(graph, chain, live), inverse)
     pieces = split_blocks(graph, chain, cuts)
     borders = [0, *cuts, len(chain)]

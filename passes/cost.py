@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
 from ._torch_compat import disable_current_modes, tree_map
+from .bits import pack_bits, unpack_two
 from .graph import Edge, Operation
 
 
@@ -23,7 +24,8 @@ class Device:
 
     A `clock` says what an operation was measured to take; what it does not know counts by the rates. `fused` says that
     pointwise operations are fused (see `fusion`). The gradients of grouped convolutions have rates of their own: on
-    images that are laid out channels last, as ours are where operations are fused, and on others.
+    images that are laid out channels last, as ours are where operations are fused, and on others. So have elements that
+    are packed into bits and unpacked.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Device:
     random: float = 5e11  # random numbers drawn per second
     grouped: float = math.inf
     grouped_strided: float = math.inf
+    packed: float = math.inf  # elements per second
+    unpacked: float = math.inf
     datasheet: bool = True
     fused: bool = False
     clock: Callable[[Operation], float | None] | None = field(default=None, compare=False, repr=False)
@@ -52,7 +56,7 @@ DEVICES: dict[str, Device] = {
     "l4": Device("l4", 60e12, 0.3e12 * 0.8, 5e-6, 1e12),
     "rtx4090": Device("rtx4090", 80e12, 1.0e12 * 0.8, 5e-6, 2e12),
     "cuda": Device("cuda", 160e12, 1.6e12, 5e-6, 3e12),
-    "cpu": Device("cpu", 1e11, 1e10, 5e-6, 5e8, 2e8),
+    "cpu": Device("cpu", 1e11, 1e10, 5e-6, 5e8, 2e8, packed=4e9, unpacked=2e9),
 }
 
 # Elementwise work that arithmetic, not memory, bounds on a CPU: seconds per element relative to GELU.
@@ -82,6 +86,8 @@ SOLVERS = {
 
 # Operators with a loop inside, and how many calls they stand for.
 LOOPS: dict[str, Callable[[Sequence[Any]], int]] = {
+    "moonwalk_compile::pack_bits": lambda args: 4,
+    "moonwalk_compile::unpack_two": lambda args: 2,
     "moonwalk_compile::solve_convolution": lambda args: 8 * args[8],
     "moonwalk_compile::solve_residual": lambda args: (args[2].count("\n") + 3) * args[3],
 }
@@ -160,7 +166,16 @@ def operation_seconds(operation: Operation, device: Device) -> float:
     elements = sum(operation.new) / 4
     special = elements * SPECIAL.get(name, 0.0) / device.transcendental
     drawn = elements / device.random if name in RANDOM else 0.0
-    return rounds * device.overhead + max(arithmetic, memory, special, drawn)
+    return rounds * device.overhead + max(arithmetic, memory, special, drawn, _bit_seconds(name, operation, device))
+
+
+def _bit_seconds(name: str, operation: Operation, device: Device) -> float:
+    """For elements that go into bits, or come from them."""
+    if name == "pack_bits":
+        return 8 * sum(operation.new) / device.packed
+    if name == "unpack_two":
+        return 8 * (operation.moved - sum(operation.new)) / device.unpacked
+    return 0.0
 
 
 def _rate(name: str, operation: Operation, device: Device) -> float:
@@ -192,7 +207,7 @@ def _seconds(function: Callable[[], Any], repeats: int = 5) -> float:
 
 @cache
 def calibrate_cpu() -> Device:
-    """Measure this machine in about a quarter of a second: products, copies, GELU, random numbers, call overhead."""
+    """Measure this machine in about a quarter of a second: products, copies, GELU, random numbers, bits, calls."""
     with disable_current_modes(), torch.random.fork_rng(devices=[]):
         return _calibrate()
 
@@ -207,6 +222,10 @@ def _calibrate() -> Device:
     special = _seconds(lambda: torch.nn.functional.gelu(large))
     drawn = _seconds(lambda: torch.native_dropout(medium, 0.5, True))
     call = _seconds(lambda: [small + 1.0 for _ in range(100)]) / 100
+    mask = medium > 0
+    bits = pack_bits(mask)
+    packed = _seconds(lambda: pack_bits(mask))
+    unpacked = _seconds(lambda: unpack_two(bits, [mask.numel()], 1.0, 0.0, torch.bool))
     images = torch.randn(8, 64, 12, 12)
     grouped = _grouped_rate(images.contiguous(memory_format=torch.channels_last))
     return Device(
@@ -216,6 +235,8 @@ def _calibrate() -> Device:
         overhead=call,
         transcendental=large.numel() / special,
         random=1.25 * medium.numel() / drawn,  # the mask is counted with the numbers
+        packed=mask.numel() / packed,
+        unpacked=mask.numel() / unpacked,
         grouped=grouped,
         grouped_strided=_grouped_rate(images),
         datasheet=False,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from .analysis import Analysis
 from .blocks import Block
 from .cost import base_name
-from .emit import BackwardEmitter, ForwardEmitter, Segment, Unreachable
+from .emit import BackwardEmitter, ForwardEmitter, Segment, Unreachable, kept_whole
 from .fusion import program_seconds
 from .graph import Edge, Ref
 from .program import Program
@@ -45,7 +45,7 @@ def backward_program(facts: Facts, segment: Segment) -> Program:
     first, last = blocks[segment.first], blocks[segment.last]
     given = {*last.cotangents_in, *(last.live_out if segment.strategy == "invert" else ())}
     outputs = set(facts.analysis.graph.output_values)
-    emitter = BackwardEmitter(facts, segment.kept, given | outputs, segment.span)
+    emitter = BackwardEmitter(facts, segment.kept, given | outputs, segment.span, whole=kept_whole([segment]))
     emitter.run(segment)
     passing = facts.passing(segment.span)
     gradients = [value for index in segment.span for value in facts.gradients(index)]

@@ -22,6 +22,7 @@ from .solutions import Facts
 class Segment:
     """Blocks `first` to `last` under one strategy; `kept` are the values (packed twins apart) that it keeps.
 
+    Of these, `whole` are kept as they are though they could be kept as bits.
     A checkpoint with `inner` segments is computed again only to keep what these keep; then each is a segment
     """
 
@@ -30,6 +31,7 @@ class Segment:
     strategy: str
     kept: frozenset[int]
     inner: tuple[Segment, ...] = ()
+    whole: frozenset[int] = frozenset()
 
     @property
     def span(self) -> range:
@@ -63,11 +65,13 @@ class BackwardEmitter:
         given: Iterable[int],
         span: Iterable[int] | None = None,
         watching: bool = False,
+        whole: Set[int] = frozenset(),
     ) -> None:
         self.facts, self.analysis, self.graph = facts, facts.analysis, facts.analysis.graph
         self.builder = Builder(self.graph)
         self.kept, self.given = frozenset(kept), frozenset(given)
-        self.kept |= {facts.packs[value].kept for value in self.kept if value in facts.packs}
+        self.packs = {v: facts.analysis.packs[v] for v in self.kept if v in facts.analysis.packs and v not in whole}
+        self.kept |= {pack.kept for pack in self.packs.values()}
         self.routes: dict[int, Edge] = {}
         self.sides: frozenset[int] = frozenset()  # of the block that is being inverted
         self.watching = watching
@@ -82,7 +86,7 @@ class BackwardEmitter:
     def route(self, value: int) -> Edge | None:
         """The edge to emit for a value, or None when it is an argument of the backward program."""
         if value in self.kept:
-            pack = self.facts.packs.get(value)
+            pack = self.packs.get(value)
             return None if pack is None else pack.decode
         if value in self.graph.static:
             return self.graph.definition.get(value)
@@ -293,6 +297,11 @@ def stored(analysis: Analysis, value: int) -> int:
     return value if pack is None else pack.kept
 
 
+def kept_whole(segments: Iterable[Segment]) -> frozenset[int]:
+    """What any of the segments, or of those inside them, keeps as it is."""
+    return frozenset().union(*(segment.whole | kept_whole(segment.inner) for segment in segments))
+
+
 def emit(facts: Facts, segments: Sequence[Segment], sweeps_last: bool = False) -> Schedule:
     """The two programs of a plan. Raises `Unreachable` when the segments do not keep enough.
 
@@ -302,7 +311,7 @@ def emit(facts: Facts, segments: Sequence[Segment], sweeps_last: bool = False) -
     analysis, graph = facts.analysis, facts.analysis.graph
     kept = {value for segment in segments for value in segment.kept}
     given = {*graph.tangents, *graph.output_values}
-    emitter = BackwardEmitter(facts, kept, given, watching=True)
+    emitter = BackwardEmitter(facts, kept, given, watching=True, whole=kept_whole(segments))
     waiting = []
     for segment in reversed(segments):
         if sweeps_last and segment.strategy == "moonwalk":

@@ -127,10 +127,14 @@ class MoveMaker:
         self.__dict__.pop("reach", None)
 
     def plain(self, index: int) -> Segment:
-        """One block under plain backpropagation: all that its backward pass reads is kept."""
-        return Segment(
-            index, index, "keep", self._keep_sets(index)[0] | drawn(self.analysis, self.analysis.blocks[index])
-        )
+        """One block under plain backpropagation: all that its backward pass reads is kept, and as it is."""
+        kept = self._keep_sets(index)[0] | drawn(self.analysis, self.analysis.blocks[index])
+        return Segment(index, index, "keep", kept, whole=self._packable(kept))
+
+    def _packable(self, kept: Iterable[int]) -> frozenset[int]:
+        """What could be kept as bits. (Of what is overwritten a copy has to be kept.)"""
+        values, mutated = self.analysis.graph.values, self.analysis.graph.mutated
+        return frozenset(v for v in kept if v in self.analysis.packs and values[v].storage not in mutated)
 
     def checkpoint(self, first: int, last: int) -> Segment:
         """These blocks computed again in one go."""
@@ -139,7 +143,11 @@ class MoveMaker:
 
     def shape(self, segment: Segment) -> object:
         """Equal for segments that treat equal blocks in the same way."""
-        kept = tuple(tuple(sorted(self._positions(segment.kept, index))) for index in segment.span)
+        kept = tuple(
+            tuple(sorted(self._positions(values, index)))
+            for index in segment.span
+            for values in (segment.kept, segment.whole)
+        )
         inner = tuple((self.shape(part), part.first - segment.first) for part in segment.inner)
         return segment.strategy, tuple(self.keys[index] for index in segment.span), kept, inner
 
@@ -186,10 +194,11 @@ class MoveMaker:
         for position, kept in enumerate(self._keep_sets(index)):
             for anchored in (False, True):
                 values = self._with_borders(kept | frozenset(block.live_in if anchored else ()) | random, block)
-                segment = Segment(index, index, "keep", values)
-                cost = self._cost(("keep", position, anchored), segment)
-                if cost is not None and (not anchored or cost.covers_in):
-                    moves.append(Move(segment, cost))
+                for whole in dict.fromkeys((frozenset(), self._packable(values) if position == 0 else frozenset())):
+                    segment = Segment(index, index, "keep", values, whole=whole)
+                    cost = self._cost(("keep", position, anchored, bool(whole)), segment)
+                    if cost is not None and (not anchored or cost.covers_in):
+                        moves.append(Move(segment, cost))
         return moves
 
     def _with_borders(self, kept: frozenset[int], block: Block) -> frozenset[int]:
@@ -289,7 +298,7 @@ class MoveMaker:
         return bool(spine.missing) or self._kept_bytes(inversion.residuals) <= self._kept_bytes(spine.residuals)
 
     def _kept_bytes(self, values: Iterable[int]) -> int:
-        packs = self.facts.packs
+        packs = self.analysis.packs
         return self.analysis.graph.storage_bytes({packs[v].kept if v in packs else v for v in values})
 
     def _certificate(self, strategy: str, index: int) -> Certificate:

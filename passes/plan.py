@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -44,10 +44,7 @@ class NoPlan(Exception):
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan that has been emitted and simulated. Bytes and seconds are of the whole step.
-
-    If `packed`, what can be kept as bits is.
-    """
+    """A plan that has been emitted and simulated. Bytes and seconds are of the whole step."""
 
     segments: tuple[Segment, ...]
     schedule: Schedule
@@ -55,7 +52,6 @@ class Planned:
     backward: Timeline
     seconds: float
     error: float = 0.0
-    packed: bool = True
 
     @property
     def peak(self) -> int:
@@ -290,22 +286,17 @@ class Planner:
     @cached_property
     def plain(self) -> Planned:
         """Plain backpropagation, as PyTorch runs it: all that the backward pass reads is kept, nothing written over."""
-        facts = Facts(self.analysis, workspace=self.facts.workspace, packed=False)
-        return self._all_kept(facts, partial(measure_schedule, device=self.analysis.device.plain))
+        facts = Facts(self.analysis, workspace=self.facts.workspace)
+        segments = self._all_kept()
+        return measure_schedule(facts, segments, emit(facts, segments), device=self.analysis.device.plain)
 
     @cached_property
     def loose(self) -> Planned:
         """The same, lowered as every plan of ours is."""
-        return self._all_kept(self.whole, self.measure)
+        return self.arranged(self._all_kept())
 
-    @cached_property
-    def whole(self) -> Facts:
-        facts = self.facts
-        return Facts(self.analysis, facts.reuse, facts.workspace, facts.freed, packed=False)
-
-    def _all_kept(self, facts: Facts, measure: Measure) -> Planned:
-        segments = tuple(self.maker.plain(index) for index in range(len(self.analysis.blocks)))
-        return replace(measure(facts, segments, emit(facts, segments), 0.0), packed=False)
+    def _all_kept(self) -> tuple[Segment, ...]:
+        return tuple(self.maker.plain(index) for index in range(len(self.analysis.blocks)))
 
     def within(self, budget: float, plans: int = 8) -> Planned | None:
         """The fastest plan whose *simulated* peak is within `budget`; the modelled budget is moved to get there.

@@ -238,8 +238,7 @@ class Facts:
     """The solutions of single blocks, computed when first asked for.
 
     `reuse` says that the programs will be lowered with results written over dying operands, `workspace` what an
-    operation holds within its call, `freed` which gradients are used up where they are produced. Without `packed`,
-    values that could be kept as bits are kept whole, as PyTorch does.
+    operation holds within its call, `freed` which gradients are used up where they are produced.
     """
 
     def __init__(
@@ -248,11 +247,8 @@ class Facts:
         reuse: bool = False,
         workspace: Callable[[Operation], int] | None = None,
         freed: frozenset[int] = frozenset(),
-        packed: bool = True,
     ) -> None:
         self.analysis, self.reuse, self.workspace, self.freed = analysis, reuse, workspace, freed
-        values, mutated = analysis.graph.values, analysis.graph.mutated
-        self.packs = {v: pack for v, pack in analysis.packs.items() if packed or values[v].storage in mutated}
         self._cache: dict[tuple[str, int], Any] = {}
 
     def _once(self, kind: str, index: int, function: Callable[[Analysis, Block], Any]) -> Any:

@@ -60,9 +60,26 @@ def imaged(lipschitz: float) -> nn.Module:
     return Residual(first, nn.LeakyReLU(0.2), second)
 
 
+def normalized(lipschitz: float) -> nn.Module:
+    """Its power iteration writes to buffers in every forward pass."""
+    parametrize = torch.nn.utils.parametrizations.spectral_norm
+    first, second = parametrize(nn.Linear(WIDTH, WIDTH)), parametrize(nn.Linear(WIDTH, WIDTH))
+    return Residual(first, nn.LeakyReLU(0.2), second, Scaled(lipschitz))
+
+
+class Scaled(nn.Module):
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by * x
+
+
 NETS: dict[str, tuple[Callable[[float], nn.Module], tuple[int, ...]]] = {
     "dense": (dense, (256, WIDTH)),
     "images": (imaged, (64, 4, 16, 16)),
+    "spectral norm": (normalized, (256, WIDTH)),
 }
 
 

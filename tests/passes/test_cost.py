@@ -56,3 +56,11 @@ def test_grouped_gradients_have_a_rate_of_their_own() -> None:
 
     assert [seconds(8, d) for d in (device, fusing, fusing.plain)] == [2.0, 1.0, 2.0]
     assert seconds(1, fusing) == 1e9 / device.flops
+
+
+def test_bits_have_rates_of_their_own() -> None:
+    device = replace(DEVICES["cpu"], overhead=0.0, bandwidth=1e30, packed=1e3, unpacked=2e3)
+    ours = torch.ops.moonwalk_compile
+    pack = Operation(ours.pack_bits.default, (Ref(0),), new=(1000,), moved=9000)
+    unpack = Operation(ours.unpack_two.default, (Ref(0), [8000], 1.0, 0.0, torch.bool), new=(8000,), moved=9000)
+    assert [operation_seconds(operation, device) for operation in (pack, unpack)] == [8.0, 4.0]
