@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from .options import Options
 from .passes.analysis import Analysis
 from .passes.certificates import INVERTED
-from .passes.costs import segment_cost
 from .passes.emit import Segment as Choice
 from .passes.graph import Role, Value
 from .passes.liveness import Timeline
@@ -73,7 +72,7 @@ def _segment(planner: Planner, choice: Choice) -> Segment:
     blocks = [analysis.blocks[index] for index in choice.span]
     names = [analysis.graph.values[edge.gives[0]].name for block in blocks for edge in block.forward if edge.gives]
     provisional = bool(planner.uncertified([choice]))
-    cost = segment_cost(facts, choice)
+    cost = planner.cost_of(choice)
     own = sum(sum(facts.seconds(index)) for index in choice.span)
     error = planner.error_of(choice) if choice.strategy in INVERTED else 0.0
     return Segment(
@@ -127,8 +126,8 @@ def _reason(planner: Planner, choice: Choice) -> str:
         return f"inputs are solved from outputs{'; sides of kinks kept' if sides else ''}"
     if choice.strategy == "moonwalk":
         return "cotangents are solved in forward order"
-    obstacle = _obstacle(planner, choice.first)
     if choice.strategy == "checkpoint":
+        obstacle = _obstacle(planner, choice.first)
         how = f"recomputed from its inputs{f' in {len(choice.inner)} pieces' if choice.inner else ''}"
         return f"{how}; {obstacle}" if obstacle else how
     recomputes = planner.recomputed_labels(choice)[:4]
@@ -160,5 +159,5 @@ def _blocker(planner: Planner, missing: Sequence[int]) -> str:
     value: Value = graph.values[missing[0]]
     if not value.name:
         return "nothing to start from"
-    readers = [edge.label for edge in graph.edges if missing[0] in edge.needs and edge.stage != "backward"]
+    readers = [edge.label for edge in graph.uses.get(missing[0], ()) if edge.stage != "backward"]
     return f"no rule gives {value.name}" + (f" back from {readers[0]}" if readers else "")

@@ -62,6 +62,17 @@ class Analysis:
         """The block that produces each forward or late value."""
         return {v: b.index for b in self.blocks for edge in (*b.forward, *b.late) for v in edge.gives}
 
+    @cached_property
+    def definition(self) -> dict[int, Edge]:
+        """The edge that gives each value; packed twins and watched samples, which are not in the graph, included."""
+        packs = (*self.packs.values(), *(pack for packs in self.signs for pack in packs))
+        watches = (watch for watch, _ in self.watches if watch is not None)
+        return {
+            **self.graph.definition,
+            **{pack.kept: pack.encode for pack in packs},
+            **{watch.kept: watch.sample for watch in watches},
+        }
+
     def recover(self, block: Block) -> tuple[Edge, ...]:
         """The ways to compute forward values of a block forward: random operations cannot be drawn again."""
         edges = (*block.forward, *block.late)
@@ -378,11 +389,15 @@ def _fragments(home: Iterable[Edge], packs: Iterable[Pack], readers: Iterable[Ed
 
 def _scope(graph: Graph, block: Block) -> set[int]:
     own = {v for edge in (*block.forward, *block.late, *block.backward) for v in (*edge.gives, *edge.needs)}
-    return own | {*block.live_in, *block.live_out, *block.cotangents_in, *block.cotangents_out} | graph.static
+    borders = {*block.live_in, *block.live_out, *block.cotangents_in, *block.cotangents_out}
+    return (own | borders) - graph.static
 
 
 def _by_block(graph: Graph, edges: Sequence[Edge], scopes: list[set[int]]) -> list[list[Edge]]:
-    """The blocks that hold all values of an edge; an inverse that needs fragments is where these can be taken."""
+    """The blocks that hold all values of an edge; an inverse that needs fragments is where these can be taken.
+
+    What is available everywhere is not looked for, and needs no edge that gives it.
+    """
     taking = {value: edge for edge in edges if edge.kind == "fragment" for value in edge.gives}
 
     def values(edge: Edge) -> Iterator[int]:
@@ -398,7 +413,9 @@ def _by_block(graph: Graph, edges: Sequence[Edge], scopes: list[set[int]]) -> li
             holders.setdefault(value, set()).add(index)
     homes: list[list[Edge]] = [[] for _ in scopes]
     for edge in edges:
-        common = set.intersection(*(holders.get(value, set()) for value in values(edge)))
+        if graph.static.issuperset(edge.gives):
+            continue
+        common = set.intersection(*(holders.get(value, set()) for value in {*values(edge)} - graph.static))
         for index in common:
             homes[index].append(edge)
     return homes

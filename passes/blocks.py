@@ -75,29 +75,17 @@ def _inputs_still_read(graph: Graph, chain: Sequence[Edge]) -> list[set[int]]:
     return sets[::-1]
 
 
-def _only_waiting(graph: Graph, chain: Sequence[Edge]) -> list[frozenset[int]]:
-    """For each position, the values that are only wanted when the forward pass ends: new running statistics, outputs.
-
-    Wherever the step is cut behind them, they are alive: counted, each one would make all later cuts look wide.
-    """
-    idle = frozenset(value for edge in chain for value in edge.gives)
-    sets = [idle]
-    for edge in reversed(chain):
-        idle = idle.difference(edge.needs)
-        sets.append(idle)
-    return sets[::-1]
-
-
 def cut_positions(graph: Graph, chain: Sequence[Edge], live: Sequence[frozenset[int]]) -> list[int]:
     """One candidate between each two expensive operations, where the live set is smallest; local minima stay."""
     landmarks = [p for p, edge in enumerate(chain) if edge.expensive] or [
         p for p, e in enumerate(chain) if not e.is_view
     ]
     reading = _inputs_still_read(graph, chain)
-    waiting = _only_waiting(graph, chain)
+    # Outputs are alive wherever the step is cut behind them: counted, each one would make all later cuts look wide.
+    last_read = {value: position for position, edge in enumerate(chain) for value in edge.needs}
     roots = [
-        {graph.values[value].storage for value in values - idle} | inputs
-        for values, idle, inputs in zip(live, waiting, reading, strict=True)
+        {graph.values[value].storage for value in values if last_read.get(value, -1) >= position} | inputs
+        for position, (values, inputs) in enumerate(zip(live, reading, strict=True))
     ]
     size = [sum(graph.values[root].bytes for root in at) for at in roots]
     candidates = []
@@ -169,12 +157,20 @@ def find_blocks(graph: Graph, inverse: Iterable[Edge] = ()) -> tuple[Block, ...]
     producer = {value: i for i, edges in enumerate(backward) for edge in edges for value in edge.gives}
     producer.update(dict.fromkeys(graph.tangents, len(pieces)))
     gradients = set(graph.gradient_values)
+    arriving: list[list[int]] = [[] for _ in pieces]  # cotangents by each block that receives them
+    leaving: list[list[int]] = [[] for _ in pieces]
     reader: dict[int, int] = {}  # the earliest block whose backward edges read a cotangent
     for i, edges in enumerate(backward):
         for edge in edges:
             for value in edge.needs:
                 if value in producer:
                     reader[value] = min(i, reader.get(value, i))
+    for value in sorted(reader):
+        for i in range(reader[value], min(producer[value], len(pieces) - 1) + 1):
+            if producer[value] > i:
+                arriving[i].append(value)
+            if i > reader[value]:
+                leaving[i].append(value)
     return tuple(
         Block(
             index=i,
@@ -184,8 +180,8 @@ def find_blocks(graph: Graph, inverse: Iterable[Edge] = ()) -> tuple[Block, ...]
             live_in=tuple(sorted(live[borders[i]])),
             live_out=tuple(sorted(live[borders[i + 1]])),
             demanded=demanded(graph, backward[i]),
-            cotangents_in=tuple(sorted(v for v in reader if producer[v] > i >= reader[v])),
-            cotangents_out=tuple(sorted(v for v in reader if producer[v] >= i > reader[v])),
+            cotangents_in=tuple(arriving[i]),
+            cotangents_out=tuple(leaving[i]),
             gradients=tuple(sorted(v for e in backward[i] for v in e.gives if v in gradients)),
         )
         for i, piece in enumerate(pieces)

@@ -232,10 +232,7 @@ class ForwardEmitter:
                 self.waiting.setdefault(value, []).append(position)
 
     def _extras(self, kept: frozenset[int]) -> list[Edge]:
-        definition = dict(self.graph.definition)
-        for pack in (*self.analysis.packs.values(), *(p for packs in self.analysis.signs for p in packs)):
-            definition[pack.kept] = pack.encode
-        definition |= {watch.kept: watch.sample for watch, _ in self.analysis.watches if watch is not None}
+        definition = self.analysis.definition
         stack, edges = sorted(kept), {}
         while stack:
             value = stack.pop()
@@ -243,9 +240,8 @@ class ForwardEmitter:
             if edge is not None and edge.stage == "late" and value not in edges:
                 edges[value] = edge
                 stack.extend(edge.needs)
-        order = {id(edge): position for position, edge in enumerate(self.graph.edges)}
         unique = {id(edge): edge for edge in edges.values()}
-        return sorted(unique.values(), key=lambda e: (e.kind == "codec", order.get(id(e), 0)))
+        return sorted(unique.values(), key=lambda e: (e.kind == "codec", self.graph.position.get(e.gives[0], 0)))
 
     def run(self, edges: Iterable[Edge], block_of: dict[int, int]) -> None:
         self._extra((position for position, lacking in enumerate(self.lacking) if not lacking), 0)

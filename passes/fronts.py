@@ -11,7 +11,9 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
-FRONT = 256  # states kept per border and kind: beyond this the front is thinned evenly
+FRONT = 128  # states kept per border and kind: beyond this the front is thinned
+LONG = 1 << 16  # states of all borders together: where there are many, fewer are kept at each
+AROUND = 2  # neighbouring runs of a front from which the price of a byte is taken
 
 
 @dataclass
@@ -104,7 +106,24 @@ def _undominated(kept: Floats, seconds: Floats, covered: Flags, reach: Integers,
         better = np.ones(len(rows), dtype=bool)
         better[1:] = seconds[rows][1:] < best[:-1]
         rows = rows[better]
-        if len(rows) > most:
-            rows = rows[np.unique(np.linspace(0, len(rows) - 1, most).astype(np.int64))]
-        chosen.append(rows)
+        chosen.append(rows[_thinned(kept[rows], seconds[rows], most)] if len(rows) > most else rows)
     return np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
+
+
+def _thinned(kept: Floats, seconds: Floats, most: int) -> Integers:
+    """About `most` places of a front: both ends, and in each of even runs the state that is best at the price of a
+    byte there. (An even choice would be one of states that are all a bit worse than those.)
+
+    If one is asked for, that which keeps least.
+    """
+    if most == 1:
+        return np.zeros(1, dtype=np.int64)
+    borders = np.linspace(0, len(kept), most + 1).astype(np.int64)
+    counts = np.diff(borders)
+    low, high = np.maximum(borders[:-1] - AROUND * counts, 0), np.minimum(borders[1:] + AROUND * counts, len(kept)) - 1
+    price = (seconds[low] - seconds[high]) / np.maximum(kept[high] - kept[low], 1)
+    score = seconds + np.repeat(price, counts) * kept
+    run = np.repeat(np.arange(most), counts)
+    best = np.flatnonzero(score == np.minimum.reduceat(score, borders[:-1])[run])
+    _, first = np.unique(run[best], return_index=True)
+    return np.unique(np.concatenate([best[first], [0, len(kept) - 1]]))

@@ -142,6 +142,20 @@ class Graph:
         return {value: edge for edge in self.edges for value in edge.gives}
 
     @cached_property
+    def position(self) -> dict[int, int]:
+        """Where the edge that gives each computed value stands."""
+        return {value: position for position, edge in enumerate(self.edges) for value in edge.gives}
+
+    @cached_property
+    def uses(self) -> dict[int, list[Edge]]:
+        """The edges of the joint graph that read each value."""
+        found: dict[int, list[Edge]] = {}
+        for edge in self.edges:
+            for value in dict.fromkeys(edge.needs):
+                found.setdefault(value, []).append(edge)
+        return found
+
+    @cached_property
     def free(self) -> frozenset[int]:
         """Values that the backward pass can read without keeping anything: the inputs that nobody overwrites."""
         return frozenset(self.primals) - self.mutated

@@ -199,7 +199,7 @@ class MoveMaker:
                     cost = self._cost(("keep", position, anchored, bool(whole)), segment)
                     if cost is not None and (not anchored or cost.covers_in):
                         moves.append(Move(segment, cost))
-        return moves
+        return sorted(moves, key=lambda move: bool(move.segment.whole))
 
     def _with_borders(self, kept: frozenset[int], block: Block) -> frozenset[int]:
         """Of a storage that is kept anyway, every value at the borders: an inverted neighbour needs them all."""
@@ -242,8 +242,12 @@ class MoveMaker:
             border=sum(size for _, size in {analysis.charges[value] for value in entering}),
             drawn=checkpoint.own if checkpoint else 0,
             gradients=self.gradients[index],
-            keeps=tuple(move.cost for move in self._keep_moves(index)) if "keep" in self.strategies else (),
+            keeps=self._costs_of_keeping(index) if "keep" in self.strategies else (),
         )
+
+    def _costs_of_keeping(self, index: int) -> tuple[Cost, ...]:
+        """Where they lie within a checkpoint, masks are packed: these moves come first."""
+        return tuple(move.cost for move in self._keep_moves(index) if not move.segment.whole)
 
     def _nested_moves(self, last: int) -> list[Move]:
         """Checkpoints that are computed again in pieces; those of one piece are `_checkpoint_moves`."""
@@ -326,10 +330,11 @@ def number(keys: Sequence[object]) -> list[int]:
 
 
 def _period(kinds: Sequence[int]) -> int | None:
-    """The period of a sequence that repeats at least four times, if it is 4 or less."""
+    """The period of a sequence that repeats at least four times, if it is 4 or less; two more may stand behind it."""
     for period in range(1, 5):
-        if len(kinds) >= 4 * period and all(a == b for a, b in zip(kinds, kinds[period:], strict=False)):
-            return period
+        for run in (kinds[: len(kinds) - behind] for behind in range(3)):
+            if len(run) >= 4 * period and all(a == b for a, b in zip(run, run[period:], strict=False)):
+                return period
     return None
 
 

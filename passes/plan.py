@@ -20,16 +20,17 @@ import numpy as np
 from .bits import unpack_two
 from .certificates import INVERTED, Certificate, chain_error
 from .cost import Device, base_name
-from .costs import backward_program
+from .costs import Cost, backward_program, segment_cost
 from .emit import Schedule, Segment, Unreachable, emit
-from .fronts import FRONT, Floats, Front, Table, column, extend, start
+from .fronts import FRONT, LONG, Floats, Front, Table, column, extend, start
 from .fusion import program_seconds
 from .liveness import Timeline
 from .moves import Move, MoveMaker
 from .reuse import simulated
 from .solutions import Facts
 
-CLOSE = 0.002  # part of a budget that is not worth another round
+CLOSE = 0.002  # part of a budget that is not worth another round; twice as much after each,
+CLOSEST = 0.01  # up to this much
 HARDLY = 0.01  # part of a step's time that a plan of fewer segments may take longer
 HARDLY_LARGER = 0.005  # part of the smallest peak that is not worth a slower plan
 REACH = 8  # blocks behind a chain over which it may be grown
@@ -82,6 +83,7 @@ class Planner:
         done = list(accumulate(self.maker.gradients))
         self.later_gradients = [done[-1] - gradients for gradients in done]  # by block: those of all behind it
         self.recomputed: dict[object, list[str]] = {}  # by shape of a segment
+        self.costs: dict[object, Cost | None] = {}  # likewise
         self.base = sum(size for _, size in {self.analysis.charges[v] for v in self.analysis.held})
 
     @property
@@ -166,6 +168,13 @@ class Planner:
         """The values that keep a block from being inverted."""
         return self.maker.missing(strategy, index)
 
+    def cost_of(self, segment: Segment) -> Cost | None:
+        """What a segment costs alone, without what only passes through it."""
+        shape = self.maker.shape(segment)
+        if shape not in self.costs:
+            self.costs[shape] = segment_cost(self.facts, segment)
+        return self.costs[shape]
+
     def recomputed_labels(self, segment: Segment) -> list[str]:
         """Names of the forward operations that the backward pass of a segment runs again, views apart."""
         shape = self.maker.shape(segment)
@@ -181,10 +190,10 @@ class Planner:
 
     # -- dynamic programming ----------------------------------------------------------------------------------------
 
-    def fastest(self, budget: float, states: int = FRONT) -> list[Move] | None:
+    def fastest(self, budget: float, states: int | None = None) -> list[Move] | None:
         """The fastest chain of moves whose modelled peak is within `budget` bytes, or None.
 
-        With one of the `states` kept at each border, one that keeps least instead.
+        With one of the `states` (by default, as many as is quick) kept at each border, one that keeps least instead.
         """
         fronts = self._fronts(budget, states)
         usable = self._usable(fronts[-1])
@@ -196,7 +205,8 @@ class Planner:
         """Whether any chain of moves has a modelled peak within `budget` bytes."""
         return bool(np.isfinite(self._usable(self._fronts(budget, states=1)[-1])).any())
 
-    def _fronts(self, budget: float, states: int = FRONT) -> list[Front]:
+    def _fronts(self, budget: float, states: int | None = None) -> list[Front]:
+        states = states or min(FRONT, max(LONG // len(self.tables), 1))
         fronts = [start()]
         for table in self.tables:
             fronts.append(extend(fronts, table, budget, states))
@@ -306,8 +316,8 @@ class Planner:
         """
         best: Planned | None = None
         target, enough, short, push = float(budget), 0.0, math.inf, 1
-        found: dict[object, Planned] = {}
-        for _ in range(2 * plans):
+        found: dict[object, int] = {}  # peaks
+        for attempt in range(2 * plans):
             moves = self.fastest(target)
             if moves is None:
                 if best is not None or target >= 2 * budget:
@@ -317,17 +327,20 @@ class Planner:
             key = tuple((move.segment, move.pieces) for move in moves)
             if key not in found and len(found) == plans:
                 break
-            planned = found[key] = found.get(key) or self.realise(moves)
-            slack = budget - planned.peak
+            if key not in found:
+                planned = self.realise(moves)
+                found[key] = planned.peak
+                if planned.peak <= budget and (best is None or planned.seconds < best.seconds):
+                    best = planned
+            slack = budget - found[key]
             if slack >= 0:
-                best = planned if best is None or planned.seconds < best.seconds else best
                 enough, push = max(enough, target), 1
                 target += max(slack, 0.01 * budget)
             else:
                 short = min(short, target)
                 target -= push * max(-slack, 2 * CLOSE * budget)
                 push *= 2
-            if 0 <= slack < CLOSE * budget or short - enough < CLOSE * budget:
+            if 0 <= slack < min(CLOSE * 2**attempt, CLOSEST) * budget or short - enough < CLOSE * budget:
                 break
             if not enough < target < short:
                 target = (enough + short) / 2

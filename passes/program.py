@@ -111,6 +111,7 @@ class Builder:
         for value in first:
             if value not in self.inputs:
                 self.inputs[value] = self._new_slot()
-        rest = [value for value in self.read_inputs(outputs) if value not in set(first)]
+        named = set(first)
+        rest = [value for value in self.read_inputs(outputs) if value not in named]
         inputs = tuple((self.inputs[value], value) for value in [*first, *rest])
         return Program(inputs, tuple(self.instructions), tuple(outputs))

@@ -16,10 +16,7 @@ class Reader:
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
         self.graph: Graph = capture.graph
-        self.uses: dict[int, list[Edge]] = {}
-        for edge in self.graph.edges:
-            for value in edge.needs:
-                self.uses.setdefault(value, []).append(edge)
+        self.uses = self.graph.uses
         self.results = {*self.graph.output_values, *self.graph.gradient_values}
 
     def args(self, edge: Edge) -> tuple[Any, ...]:
