@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -73,12 +74,10 @@ class Timing:
         than k fell on one of its sides.
         """
         ratios = sorted(a / b for a, b in zip(self.samples, other.samples, strict=True))
-        below, rank = 0.0, 0
-        while below + math.comb(len(ratios), rank) / 2 ** len(ratios) <= 0.025:
-            below += math.comb(len(ratios), rank) / 2 ** len(ratios)
-            rank += 1
-        rank = max(rank - 1, 0)
-        return ratios[rank], ratios[-1 - rank]
+        count = len(ratios)
+        fewer = accumulate(math.comb(count, k) / 2**count for k in range(count))  # than k + 1 on one side
+        rank = max(sum(chance <= 0.025 for chance in fewer), 1)
+        return ratios[rank - 1], ratios[-rank]
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ def find_blocks(graph: Graph, inverse: Iterable[Edge] = ()) -> tuple[Block, ...]
     producer = {value: i for i, edges in enumerate(backward) for edge in edges for value in edge.gives}
     producer.update(dict.fromkeys(graph.tangents, len(pieces)))
     gradients = set(graph.gradient_values)
-    arriving: list[list[int]] = [[] for _ in pieces]  # cotangents by each block that receives them
+    arriving: list[list[int]] = [[] for _ in pieces]  # by block: the cotangents that it receives, and hands on
     leaving: list[list[int]] = [[] for _ in pieces]
     reader: dict[int, int] = {}  # the earliest block whose backward edges read a cotangent
     for i, edges in enumerate(backward):
@@ -166,11 +166,10 @@ def find_blocks(graph: Graph, inverse: Iterable[Edge] = ()) -> tuple[Block, ...]
                 if value in producer:
                     reader[value] = min(i, reader.get(value, i))
     for value in sorted(reader):
-        for i in range(reader[value], min(producer[value], len(pieces) - 1) + 1):
-            if producer[value] > i:
-                arriving[i].append(value)
-            if i > reader[value]:
-                leaving[i].append(value)
+        for i in range(reader[value], producer[value]):
+            arriving[i].append(value)
+        for i in range(reader[value] + 1, min(producer[value] + 1, len(pieces))):  # the tangents have no producer
+            leaving[i].append(value)
     return tuple(
         Block(
             index=i,

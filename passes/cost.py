@@ -84,7 +84,7 @@ SOLVERS = {
     "linalg_cholesky_ex": 0.33,
 }
 
-# Operators with a loop inside, and how many calls they stand for.
+# Operators that make several calls, and how many they stand for.
 LOOPS: dict[str, Callable[[Sequence[Any]], int]] = {
     "moonwalk_compile::pack_bits": lambda args: 4,
     "moonwalk_compile::unpack_two": lambda args: 2,
@@ -166,14 +166,14 @@ def operation_seconds(operation: Operation, device: Device) -> float:
     elements = sum(operation.new) / 4
     special = elements * SPECIAL.get(name, 0.0) / device.transcendental
     drawn = elements / device.random if name in RANDOM else 0.0
-    return rounds * device.overhead + max(arithmetic, memory, special, drawn, _bit_seconds(name, operation, device))
+    return rounds * device.overhead + max(arithmetic, memory, special, drawn, _bit_seconds(operation, device))
 
 
-def _bit_seconds(name: str, operation: Operation, device: Device) -> float:
+def _bit_seconds(operation: Operation, device: Device) -> float:
     """For elements that go into bits, or come from them."""
-    if name == "pack_bits":
+    if operation.target is pack_bits.default:
         return 8 * sum(operation.new) / device.packed
-    if name == "unpack_two":
+    if operation.target is unpack_two.default:
         return 8 * (operation.moved - sum(operation.new)) / device.unpacked
     return 0.0
 

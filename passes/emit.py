@@ -23,7 +23,7 @@ class Segment:
     """Blocks `first` to `last` under one strategy; `kept` are the values (packed twins apart) that it keeps.
 
     Of these, `whole` are kept as they are though they could be kept as bits.
-    A checkpoint with `inner` segments is computed again only to keep what these keep; then each is a segment
+    A checkpoint with `inner` segments is computed again only to keep what these keep; then each is a segment.
     """
 
     first: int

@@ -60,7 +60,7 @@ def start() -> Front:
     return Front(zero, zero.copy(), np.zeros(1, dtype=bool), none - 1, none, none, none)
 
 
-def extend(fronts: Sequence[Front], table: Table, budget: float, states: int = FRONT) -> Front:
+def extend(fronts: Sequence[Front], table: Table, budget: float, states: int) -> Front:
     """All moves of a table against all states at the border where each move begins, in one go.
 
     An inverted block continues the chain in front of it as far as that reaches; what follows a chain in any other way

@@ -151,7 +151,7 @@ class Graph:
         """The edges of the joint graph that read each value."""
         found: dict[int, list[Edge]] = {}
         for edge in self.edges:
-            for value in dict.fromkeys(edge.needs):
+            for value in edge.needs:
                 found.setdefault(value, []).append(edge)
         return found
 

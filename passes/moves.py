@@ -13,7 +13,7 @@ from functools import cached_property
 from .blocks import Block
 from .certificates import INVERTED, TRUSTED, Certificate, Noise, reach
 from .costs import Cost, segment_cost, signature, storages, with_passing
-from .emit import Segment
+from .emit import Segment, stored
 from .keepsets import keep_sets
 from .nesting import SPLITS, Nesting, Piece, Unit, segments_of
 from .solutions import Facts, drawn, residue
@@ -50,6 +50,7 @@ class MoveMaker:
         self.gradients = [self._gradient_bytes(index) for index in range(len(self.analysis.blocks))]
         self.residues = [residue(self.analysis, block) for block in self.analysis.blocks]
         self.signatures = [signature(facts, block) for block in self.analysis.blocks]
+        self.places = [{value: place for place, value in enumerate(order)} for _, order in self.signatures]
         self.keys = number([key for key, _ in self.signatures])
         self.longest = 2 * math.isqrt(len(self.keys)) + 4  # blocks of a checkpoint that is recomputed in one go
 
@@ -155,8 +156,8 @@ class MoveMaker:
         return frozenset(self.signatures[block][1][position] for position in kept)
 
     def _positions(self, kept: Iterable[int], block: int) -> tuple[int, ...]:
-        place = {value: position for position, value in enumerate(self.signatures[block][1])}
-        return tuple(place[value] for value in kept if value in place)
+        places = self.places[block]
+        return tuple(places[value] for value in kept if value in places)
 
     def _cost(self, name: object, segment: Segment) -> Cost | None:
         cost = self._own_cost(name, segment)
@@ -189,17 +190,23 @@ class MoveMaker:
         return self.keeps[index]
 
     def _made_keep_moves(self, index: int) -> list[Move]:
-        block, moves = self.analysis.blocks[index], []
-        random = drawn(self.analysis, block)
-        for position, kept in enumerate(self._keep_sets(index)):
-            for anchored in (False, True):
-                values = self._with_borders(kept | frozenset(block.live_in if anchored else ()) | random, block)
-                for whole in dict.fromkeys((frozenset(), self._packable(values) if position == 0 else frozenset())):
-                    segment = Segment(index, index, "keep", values, whole=whole)
-                    cost = self._cost(("keep", position, anchored, bool(whole)), segment)
-                    if cost is not None and (not anchored or cost.covers_in):
-                        moves.append(Move(segment, cost))
-        return sorted(moves, key=lambda move: bool(move.segment.whole))
+        """What could be kept as bits is; behind these moves stand those that keep everything, and as it is."""
+        sets = self._keep_sets(index)
+        ways = [*((position, kept, True) for position, kept in enumerate(sets)), (0, sets[0], False)]
+        moves = (self._keep_move(index, *way, anchored) for way in ways for anchored in (False, True))
+        return [move for move in moves if move is not None]
+
+    def _keep_move(self, index: int, position: int, kept: frozenset[int], packs: bool, anchored: bool) -> Move | None:
+        """One of the kept sets of a block, `anchored` with all that enters it; None where the move adds nothing."""
+        block = self.analysis.blocks[index]
+        entering = frozenset(block.live_in if anchored else ())
+        values = self._with_borders(kept | entering | drawn(self.analysis, block), block)
+        whole = frozenset() if packs else self._packable(values)
+        if not (packs or whole):
+            return None
+        segment = Segment(index, index, "keep", values, whole=whole)
+        cost = self._cost(("keep", position, anchored, packs), segment)
+        return Move(segment, cost) if cost is not None and (cost.covers_in or not anchored) else None
 
     def _with_borders(self, kept: frozenset[int], block: Block) -> frozenset[int]:
         """Of a storage that is kept anyway, every value at the borders: an inverted neighbour needs them all."""
@@ -302,8 +309,7 @@ class MoveMaker:
         return bool(spine.missing) or self._kept_bytes(inversion.residuals) <= self._kept_bytes(spine.residuals)
 
     def _kept_bytes(self, values: Iterable[int]) -> int:
-        packs = self.analysis.packs
-        return self.analysis.graph.storage_bytes({packs[v].kept if v in packs else v for v in values})
+        return self.analysis.graph.storage_bytes({stored(self.analysis, value) for value in values})
 
     def _certificate(self, strategy: str, index: int) -> Certificate:
         return self.certificates.get((strategy, index), TRUSTED)

@@ -91,14 +91,14 @@ class Dropped(nn.Module):
 def test_a_loose_budget_keeps_masks_as_plain_does() -> None:
     model, inputs = Dropped(), (torch.randn(512, 64),)
     plain = peers.plain(model, "eager")
-    loose, tight = (compiled(model, budget, inputs) for budget in ("100%", "99%"))
+    loose, tight = (compiled(model, budget, inputs) for budget in ("100%", "94%"))
     peaks = []
     for trained in (plain, loose, tight):
         trained(*inputs).backward()
         trained.zero_grad(set_to_none=True)
         peaks.append(measure_step(lambda trained=trained: trained(*inputs).backward()).peak_bytes)
     assert loose.plan.plain_peak_bytes == peaks[0]
-    assert peaks[0] >= peaks[1] > peaks[2]
+    assert peaks[0] >= peaks[1] > 1.05 * peaks[2]
     assert loose.plan.time_s <= loose.plan.plain_time_s < tight.plan.time_s
     assert {segment.reason for segment in (*loose.plan.segments, *tight.plan.segments)} == {"fits"}
     kept = [sum(segment.kept_bytes for segment in model.plan.segments) for model in (loose, tight)]
