@@ -307,7 +307,7 @@ class Session:
                 less = peak - planned.peak
                 if self.cornered:  # between this plan and the budget the simulation saw none: look a bit further
                     less = min(less, peak - int(limit))
-                if planned is planner.loose or not self._leaves_room(peak, limit):
+                if not self._leaves_room(peak, limit) or planned is planner.loose:
                     break
             elif settled is None and self.cornered:
                 break

@@ -80,16 +80,29 @@ def _unpack(packed: Tensor, size: Sequence[int], high: float, low: float, dtype:
 
 
 def _pack_signs(source: Tensor) -> Tensor:
-    """Two bits per element: which are above zero, then which are below."""
-    return torch.cat([_pack(source), _pack(-source)])
+    """Two bits per element: which are above zero, then which are neither above nor below."""
+    flat = source.detach().reshape(-1)
+    if source.device.type != "cpu" or source.dtype not in BY_NUMPY:
+        return torch.cat([_pack_by_words(flat > 0), _pack_by_words((flat > 0).logical_or_(flat < 0).logical_not_())])
+    packed = torch.empty((flat.numel() + 7) // 8 * 2, dtype=torch.uint8)
+    halves = (half.split(CACHED // 8) for half in packed.chunk(2))
+    for piece, positive, level in zip(flat.split(CACHED), *halves, strict=True):
+        values = piece.numpy()
+        above, below = values > 0, values < 0
+        positive.numpy()[:] = np.packbits(above, bitorder="little")
+        level.numpy()[:] = np.packbits(~(above | below), bitorder="little")
+    return packed
 
 
 def _unpack_signs(packed: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    above, below = packed.chunk(2)
-    signs = _unpack(above, size, 1.0, 0.0, dtype)
-    step = CACHED if packed.device.type == "cpu" else max(8 * len(below), 8)
-    for part, bits in zip(signs.view(-1).split(step), below.split(step // 8), strict=True):
-        part.sub_(_unpack(bits, [part.numel()], 1.0, 0.0, dtype))
+    positive, level = packed.chunk(2)
+    signs = _unpack(positive, size, 1.0, -1.0, dtype)
+    on_cpu = packed.device.type == "cpu"
+    if on_cpu and not level.any():  # as good as always; to ask another device would mean to wait for it
+        return signs
+    step = CACHED if on_cpu else max(8 * len(level), 8)
+    for part, bits in zip(signs.view(-1).split(step), level.split(step // 8), strict=True):
+        part.add_(_unpack(bits, [part.numel()], 1.0, 0.0, dtype))
     return signs
 
 

@@ -30,7 +30,7 @@ class Capture:
 class JointReader:
     """One pass over the nodes. A tuple operation and its `getitem` nodes become one edge with several results."""
 
-    def __init__(self, joint: fx.GraphModule, roles: Mapping[int, Role], device: Device) -> None:
+    def __init__(self, joint: fx.Graph, roles: Mapping[int, Role], device: Device) -> None:
         self.joint, self.roles, self.device = joint, roles, device
         self.values: list[Value] = []
         self.index: dict[fx.Node, int] = {}
@@ -41,7 +41,7 @@ class JointReader:
         self.in_forward: set[fx.Node] = set()
 
     def read(self, forward_outputs: int) -> Capture:
-        nodes = list(self.joint.graph.nodes)
+        nodes = list(self.joint.nodes)
         results = list(nodes[-1].args[0])
         self._mark_stages(nodes, results[:forward_outputs])
         tangents: list[int] = []
@@ -132,8 +132,8 @@ class JointReader:
 
     def _differentiated(self, forward_outputs: int) -> tuple[int, ...]:
         """AOTAutograd describes its outputs, and names the one that each tangent belongs to."""
-        described = list(self.joint.graph.output_node().meta.get("desc") or ())[:forward_outputs]
-        tangents = [node for node in self.joint.graph.find_nodes(op="placeholder") if is_tangent(node)]
+        described = list(self.joint.output_node().meta.get("desc") or ())[:forward_outputs]
+        tangents = [node for node in self.joint.find_nodes(op="placeholder") if is_tangent(node)]
         wanted = [getattr(node.meta.get("desc"), "output", None) for node in tangents]
         return tuple(described.index(output) for output in wanted if output in described)
 
@@ -214,4 +214,4 @@ def read_joint(
     merged = fx_graph_cse(joint.graph)
     _drop_running_statistics(merged)
     merged.eliminate_dead_code()
-    return JointReader(fx.GraphModule(joint, merged), roles or {}, device).read(forward_outputs)
+    return JointReader(merged, roles or {}, device).read(forward_outputs)

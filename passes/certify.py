@@ -21,7 +21,7 @@ from .emit import Segment
 from .graph import Edge
 from .interpret import run_edge
 from .inverse import CONTRACTION
-from .solutions import Facts, drawn
+from .solutions import Facts, drawn, swept
 
 TIES = 1e-5  # the part of a tensor's elements that may lie exactly on a kink (x = 0 in |x|, a = b in max(a, b))
 DROWNED = 1e-2  # relative noise beyond which recovered values say nothing of the true ones
@@ -83,6 +83,7 @@ class _Link:
     recover: Callable[[State], State]
     apply: Callable[[State, State], State]
     noisy: tuple[int, ...]  # the values after `recover` that carry the noise
+    inner: tuple[int, ...] = ()  # what is solved on the way, and read by gradients; `apply` gives the true ones
     off: float = 0.0  # how far what it recovers of true values was from the truth, where that was looked at
 
 
@@ -178,11 +179,12 @@ def measure_chain(
     for link in links:
         reached, moved = link.recover(state), link.recover(probe)
         after = size(_differences(reached, moved, link.noisy), reached)
-        growth = after / before if before > 0 else 1.0
+        within = _largest_of(_differences(reached, moved, link.inner), reached, size)
+        growth = max(after, within) / before if before > 0 else 1.0
         earlier = (known or {}).get(link.block)
         if earlier is None:
-            added = _added_noise(link, reached, moved, state)
-            local = max(size(added, reached), link.off)
+            added, inside = _added_noise(link, reached, moved, state)
+            local = max(size(added, reached), _largest_of(inside, reached, size), link.off)
             moved = {**moved, **{value: moved[value] + magnified * more for value, more in added.items()}}
             before = size(_differences(reached, moved, link.noisy), reached)
         else:
@@ -200,12 +202,24 @@ def measure_chain(
         state, probe = reached, moved
 
 
-def _added_noise(link: _Link, reached: State, moved: State, state: State) -> State:
-    """Recover, undo, recover again. What was recovered lies on the coarse grid of the rounding that it went through
-    and would come back exactly, so a point between it and the probe is taken."""
+def _largest_of(differences: State, values: State, size: Callable[[State, State], float]) -> float:
+    """Each gradient may depend on one of them alone."""
+    sizes = [size({value: difference}, values) for value, difference in differences.items()]
+    return max(sizes, default=0.0, key=lambda found: math.inf if math.isnan(found) else found)
+
+
+def _added_noise(link: _Link, reached: State, moved: State, state: State) -> tuple[State, State]:
+    """Recover, undo, recover again: what is off, of the noisy values and of the inner ones. What was recovered lies on
+    the coarse grid of the rounding that it went through and would come back exactly, so a point between it and the
+    probe is taken."""
     rough = {**reached, **_between(reached, moved, link.noisy, 0.37)}
-    again = link.recover(link.apply(rough, state))
-    return {v: _trimmed(again[v] - rough[v], TIES) for v in link.noisy if rough[v].is_floating_point()}
+    applied = link.apply(rough, state)
+    again = link.recover(applied)
+    return _noise(again, rough, link.noisy), _noise(again, applied, link.inner)
+
+
+def _noise(found: State, true: State, among: Iterable[int]) -> State:
+    return {v: _trimmed(found[v] - true[v], TIES) for v in among if true[v].is_floating_point()}
 
 
 def _between(first: State, second: State, among: Iterable[int], part: float) -> State:
@@ -304,18 +318,20 @@ class Certifier:
         edges = [edge for edge in inversion.solution.program(block.live_in) if edge.label != "residual"]
         # What is kept of a block belongs to the point it is at; but sides stay as they are, at every point nearby.
         sides = inversion.sides
-        leaving = (*block.live_out, *(value for value in inversion.residuals if value not in sides))
+        inner = _solved_for(edges, block.live_in, inversion.backward)
+        leaving = (*block.live_out, *(value for value in inversion.residuals if value not in sides), *inner)
         forward = list(self._on_sides(index, sides))
 
         def recover(state: State) -> State:
-            reached = self.values.run(edges, {**masks, **state}, block.live_in, sides)
-            return _picked(block.live_in, reached, state)
+            wanted = (*block.live_in, *inner)
+            reached = self.values.run(edges, {**masks, **state}, wanted, sides)
+            return _picked(wanted, reached, state)
 
         def apply(state: State, _: State) -> State:
             reached = self.values.run(forward, {**masks, **state}, leaving, sides)
             return _picked(leaving, reached, state)
 
-        return _Link(index, recover, apply, block.live_in, self.off.get(index, 0.0))
+        return _Link(index, recover, apply, block.live_in, inner, self.off.get(index, 0.0))
 
     def _on_sides(self, index: int, sides: Set[int]) -> Iterator[Edge]:
         """The forward edges of a block; those that fold (abs, a sort) as they do where the sides are what they were."""
@@ -371,11 +387,13 @@ class Certifier:
         fragments = self.facts.spine(index).fragments
         original = len(self.analysis.capture.graph.values)
         taking = [edge for edge in self.analysis.fragments[index] if all(value < original for value in edge.needs)]
-        true_spine = _ancestors([*block.backward, *taking], (*block.cotangents_out, *fragments))
+        inner = _solved_for(up, block.cotangents_in, solution.program(swept(block)))
+        leaving = (*block.cotangents_out, *fragments, *inner)
+        true_spine = _ancestors([*block.backward, *taking], leaving)
         reads = {v for edge in true_spine for v in edge.needs}
 
         def recover(state: State) -> State:
-            wanted = {*block.live_out, *block.cotangents_in}
+            wanted = {*block.live_out, *block.cotangents_in, *inner}
             reached = self.values.run(up, {**masks, **state}, wanted)
             return _picked(wanted, reached, state)
 
@@ -386,16 +404,22 @@ class Certifier:
             edges = [*self._forward_edges(index)]
             forward = self.values.run(edges, {**masks, **entry}, {*reads, *block.live_in})
             cotangents = {value: state[value] for value in block.cotangents_in}
-            wanted = (*block.cotangents_out, *fragments)
-            reached = self.values.run(true_spine, {**forward, **cotangents}, wanted)
-            return entry | _picked(wanted, reached, state)
+            reached = self.values.run(true_spine, {**forward, **cotangents}, leaving)
+            return entry | _picked(leaving, reached, state)
 
-        return _Link(index, recover, apply, block.cotangents_in)
+        return _Link(index, recover, apply, block.cotangents_in, inner)
 
 
 def _picked(wanted: Iterable[int], reached: State, otherwise: State) -> State:
     """The wanted values: what was reached, else what passed through unchanged."""
     return {value: reached[value] if value in reached else otherwise[value] for value in wanted}
+
+
+def _solved_for(path: Sequence[Edge], borders: Iterable[int], readers: Iterable[Edge]) -> tuple[int, ...]:
+    """What inverse edges of a path give that stands at no border, and that others than these edges read."""
+    solved = {value for edge in path if edge.kind == "inverse" for value in edge.gives} - {*borders}
+    own = {id(edge) for edge in path}
+    return tuple(sorted(solved.intersection(v for edge in readers if id(edge) not in own for v in edge.needs)))
 
 
 def _ancestors(edges: Sequence[Edge], wanted: Iterable[int]) -> list[Edge]:

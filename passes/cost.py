@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
 from ._torch_compat import disable_current_modes, tree_map
-from .bits import pack_bits, unpack_two
+from .bits import pack_bits, pack_signs, unpack_signs, unpack_two
 from .graph import Edge, Operation
 
 
@@ -48,14 +48,20 @@ class Device:
         return replace(self, grouped=self.grouped_strided)
 
 
+def _card(name: str, flops: float, bandwidth: float, transcendental: float) -> Device:
+    """A GPU by its datasheet. Packing moves ten bytes for each element, in several kernels."""
+    reached = 0.8 * bandwidth
+    return Device(name, flops, reached, 5e-6, transcendental, packed=reached / 10)
+
+
 # Dense tensor-core rates for 16-bit (fp32 through TF32 is about half); a training step reaches 50 to 60% of either.
 DEVICES: dict[str, Device] = {
-    "h200": Device("h200", 400e12, 4.8e12 * 0.8, 5e-6, 5e12),
-    "h100": Device("h100", 400e12, 3.35e12 * 0.8, 5e-6, 5e12),
-    "a100": Device("a100", 160e12, 2.0e12 * 0.8, 5e-6, 3e12),
-    "l4": Device("l4", 60e12, 0.3e12 * 0.8, 5e-6, 1e12),
-    "rtx4090": Device("rtx4090", 80e12, 1.0e12 * 0.8, 5e-6, 2e12),
-    "cuda": Device("cuda", 160e12, 1.6e12, 5e-6, 3e12),
+    "h200": _card("h200", 400e12, 4.8e12, 5e12),
+    "h100": _card("h100", 400e12, 3.35e12, 5e12),
+    "a100": _card("a100", 160e12, 2.0e12, 3e12),
+    "l4": _card("l4", 60e12, 0.3e12, 1e12),
+    "rtx4090": _card("rtx4090", 80e12, 1.0e12, 2e12),
+    "cuda": _card("cuda", 160e12, 2.0e12, 3e12),
     "cpu": Device("cpu", 1e11, 1e10, 5e-6, 5e8, 2e8, packed=4e9, unpacked=2e9),
 }
 
@@ -68,6 +74,8 @@ SPECIAL = {
     **dict.fromkeys("tanh sin cos pow".split(), 3.0),
     **dict.fromkeys("where masked_fill sort scatter gather".split(), 4.0),
 }
+# An allocation of this many bytes is always new to the process, and faults page by page. In a step about this part is.
+FRESH, NEW = 40 << 20, 1 / 3
 # A CPU draws one number after another, on one core.
 RANDOM = set("bernoulli native_dropout rand rand_like randn randn_like randint uniform normal".split())
 # Normalizations that go over rows, which stay in the cache, and what goes over whole images for its statistics.
@@ -86,8 +94,6 @@ SOLVERS = {
 
 # Operators that make several calls, and how many they stand for.
 LOOPS: dict[str, Callable[[Sequence[Any]], int]] = {
-    "moonwalk_compile::pack_bits": lambda args: 4,
-    "moonwalk_compile::unpack_two": lambda args: 2,
     "moonwalk_compile::solve_convolution": lambda args: 8 * args[8],
     "moonwalk_compile::solve_residual": lambda args: (args[2].count("\n") + 3) * args[3],
 }
@@ -171,10 +177,11 @@ def operation_seconds(operation: Operation, device: Device) -> float:
 
 def _bit_seconds(operation: Operation, device: Device) -> float:
     """For elements that go into bits, or come from them."""
-    if operation.target is pack_bits.default:
+    if operation.target in (pack_bits.default, pack_signs.default):
         return 8 * sum(operation.new) / device.packed
-    if operation.target is unpack_two.default:
-        return 8 * (operation.moved - sum(operation.new)) / device.unpacked
+    if operation.target in (unpack_two.default, unpack_signs.default):
+        bits = 1 if operation.target is unpack_two.default else 2  # of two, one is looked at and rarely read
+        return 8 * (operation.moved - sum(operation.new)) / bits / device.unpacked
     return 0.0
 
 
@@ -214,12 +221,15 @@ def calibrate_cpu() -> Device:
 
 def _calibrate() -> Device:
     matrix = torch.randn(768, 768)
-    large: Tensor = torch.randn(1 << 22)
+    large: Tensor = torch.randn(FRESH // 4)
     medium = torch.randn(1 << 18)
     small = torch.randn(8)
     product = _seconds(lambda: matrix @ matrix)
-    copied = _seconds(lambda: large + 1.0)
-    special = _seconds(lambda: torch.nn.functional.gelu(large))
+    out = torch.empty_like(large)
+    reused = _seconds(lambda: torch.add(large, 1.0, out=out))
+    fresh = _seconds(lambda: large + 1.0)
+    curved = large[: 1 << 22]
+    special = _seconds(lambda: torch.ops.aten.gelu.out(curved, out=out[: 1 << 22]))
     drawn = _seconds(lambda: torch.native_dropout(medium, 0.5, True))
     call = _seconds(lambda: [small + 1.0 for _ in range(100)]) / 100
     mask = medium > 0
@@ -231,9 +241,9 @@ def _calibrate() -> Device:
     return Device(
         "cpu",
         flops=2 * 768**3 / product,
-        bandwidth=8 * large.numel() / copied,
+        bandwidth=8 * large.numel() / ((1 - NEW) * reused + NEW * fresh),
         overhead=call,
-        transcendental=large.numel() / special,
+        transcendental=curved.numel() / special,
         random=1.25 * medium.numel() / drawn,  # the mask is counted with the numbers
         packed=mask.numel() / packed,
         unpacked=mask.numel() / unpacked,

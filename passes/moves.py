@@ -46,6 +46,7 @@ class MoveMaker:
         self.keep_positions: dict[int, list[tuple[int, ...]]] = {}
         self.exact: dict[int, list[Move]] = {}  # by last block: what no certificate changes
         self.keeps: dict[int, list[Move]] = {}
+        self.checkpoints: dict[tuple[int, int], Move | None] = {}  # by first and last block
         self.singles: dict[tuple[str, int], tuple[Segment, Cost] | None] = {}
         self.gradients = [self._gradient_bytes(index) for index in range(len(self.analysis.blocks))]
         self.residues = [residue(self.analysis, block) for block in self.analysis.blocks]
@@ -223,25 +224,32 @@ class MoveMaker:
             self.keep_positions[kind] = [self._positions(kept, index) for kept in sets]
         return [self._translate(kept, index) for kept in self.keep_positions[kind]]
 
-    def _checkpoint(self, first: int, last: int) -> tuple[Segment, Cost | None]:
-        segment = self.checkpoint(first, last)
-        return segment, self._cost("checkpoint", segment) if last - first < self.longest else None
+    def _checkpoint_move(self, first: int, last: int) -> Move | None:
+        if (first, last) not in self.checkpoints:
+            segment = self.checkpoint(first, last)
+            cost = self._cost("checkpoint", segment)
+            self.checkpoints[first, last] = None if cost is None else Move(segment, cost)
+        return self.checkpoints[first, last]
 
     def _checkpoint_moves(self, last: int) -> list[Move]:
-        found = (self._checkpoint(first, last) for first in range(last, max(-1, last - self.longest), -1))
-        return [Move(segment, cost) for segment, cost in found if cost is not None]
+        found = (self._checkpoint_move(first, last) for first in range(last, max(-1, last - self.longest), -1))
+        return [move for move in found if move is not None]
+
+    def _checkpoint_cost(self, first: int, last: int) -> Cost | None:
+        move = self._checkpoint_move(first, last)
+        return None if move is None else move.cost
 
     @cached_property
     def nesting(self) -> Nesting:
         return Nesting(
             [self._unit(index) for index in range(len(self.keys))],
-            lambda first, last: self._checkpoint(first, last)[1],
+            self._checkpoint_cost,
             self.longest,
         )
 
     def _unit(self, index: int) -> Unit:
         analysis, block = self.analysis, self.analysis.blocks[index]
-        checkpoint = self._checkpoint(index, index)[1]
+        checkpoint = self._checkpoint_cost(index, index)
         entering = {*block.live_in} - self.facts.passing([index])
         return Unit(
             kind=self.keys[index],

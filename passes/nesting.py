@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 from .costs import Cost
@@ -33,16 +34,26 @@ class Piece:
 
 @dataclass(frozen=True)
 class Option:
-    """One way of running a group backward, from its inputs and what was drawn in it."""
+    """One way of running a group backward, from its inputs and what was drawn in it: its first `length` blocks (by
+    the kept set `keep`, or recomputed in the way `inner`), then the `rest`."""
 
-    pieces: tuple[Piece, ...]
     peak: float
     seconds: float
     forward_peak: float
+    length: int
+    keep: int | None = None
+    inner: Option | None = None
+    rest: Option | None = None
 
     @property
     def nested(self) -> bool:
-        return len(self.pieces) > 1
+        return self.rest is not None
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        inner = self.inner.pieces if self.inner is not None and self.inner.nested else ()
+        rest = self.rest.pieces if self.rest is not None else ()
+        return (Piece(0, self.length - 1, self.keep, inner), *(piece.moved(self.length) for piece in rest))
 
 
 @dataclass(frozen=True)
@@ -86,26 +97,34 @@ class Nesting:
         length = last - first + 1
         whole = self.checkpoint(first, last) if length <= self.longest else None
         if whole is not None:
-            yield Option((Piece(0, length - 1),), whole.backward_peak, whole.seconds, whole.forward_peak)
+            yield Option(whole.backward_peak, whole.seconds, whole.forward_peak, length)
         for split in SPLITS:
             if split >= length:
                 break
-            for rest in self.options(first + split, last):
-                for head in self.options(first, first + split - 1):
-                    piece = Piece(0, split - 1, None, head.pieces if head.nested else ())
-                    yield self._joined(first, last, piece, self.cost(first, first + split - 1, head), rest)
-                for position, cost in enumerate(self.units[first].keeps if split == 1 else ()):
-                    yield self._joined(first, last, Piece(0, 0, position), cost, rest)
+            middle = first + split
+            keeps = self.units[first].keeps if split == 1 else ()
+            ways: list[tuple[Cost, int | None, Option | None]] = [
+                *((self.cost(first, middle - 1, option), None, option) for option in self.options(first, middle - 1)),
+                *((cost, keep, None) for keep, cost in enumerate(keeps)),
+            ]
+            for rest in self.options(middle, last):
+                for way in ways:
+                    yield self._joined(first, middle, last, *way, rest)
 
-    def _joined(self, first: int, last: int, piece: Piece, cost: Cost, rest: Option) -> Option:
-        middle = first + piece.last + 1
+    def _joined(
+        self, first: int, middle: int, last: int, cost: Cost, keep: int | None, inner: Option | None, rest: Option
+    ) -> Option:
+        """Blocks before `middle` at this `cost`, then the rest."""
         before = cost.kept - (self.units[middle].border if cost.covers_out else 0)
         later = self.gradients[last + 1] - self.gradients[middle]
         return Option(
-            pieces=(piece, *(p.moved(piece.last + 1) for p in rest.pieces)),
             peak=max(cost.forward_peak, before + rest.peak, cost.backward_peak + later),
             seconds=self.forward_s[middle] - self.forward_s[first] + cost.seconds + rest.seconds,
             forward_peak=max(cost.forward_peak, self.units[first].border + cost.own + rest.forward_peak),
+            length=middle - first,
+            keep=keep,
+            inner=inner,
+            rest=rest,
         )
 
 

@@ -40,11 +40,27 @@ def block_inversion(analysis: Analysis, block: Block) -> Inversion:
     if found.missing:
         reading = [_reading(analysis.graph, value) for value in sorted(_small_values(analysis, block) - known)]
         found, used = _leanest(edges, reading, known, wanted)
+        edges = (*(edge for edge in reading if edge.gives[0] in used), *edges)
     if found.missing:
         return Inversion(found, (), found.missing, frozenset(), backward)
+    found = _through(edges, known, block.live_in, wanted)
     read = {value for edge in found.program(wanted) for value in edge.needs} | {*wanted}
     sides &= read
     return Inversion(found, tuple(sorted({*used, *sides})), (), sides, backward)
+
+
+def _through(edges: Sequence[Edge], known: Set[int], borders: Sequence[int], wanted: Sequence[int]) -> Solution:
+    """The `wanted` values from those at the `borders`, and what was solved on the way to these, by no further inverse.
+
+    One that leads elsewhere may amplify noise, and certificates would not see it.
+    """
+    way = solve(edges, known, borders)
+    path = [] if way.missing else way.program(borders)
+    there = {value: edge for edge in path for value in edge.gives}
+    rest = solve([edge for edge in edges if edge.kind != "inverse"], {*known, *there}, wanted)
+    if way.missing or rest.missing:
+        return solve(edges, known, wanted)
+    return Solution({**rest.edge, **there}, way.known, ())
 
 
 def block_sides(analysis: Analysis, block: Block) -> tuple[frozenset[int], list[Edge], tuple[Edge, ...]]:
@@ -198,7 +214,7 @@ def block_sweep(analysis: Analysis, block: Block) -> Solution:
     )
     taken = _taken_values(analysis, block.index)
     known = {*block.live_in, *block.cotangents_out, *analysis.graph.static, *residue(analysis, block), *taken}
-    return solve(edges, known, swept(block))
+    return _through(edges, known, (*block.live_out, *block.cotangents_in), swept(block))
 
 
 def swept(block: Block) -> tuple[int, ...]:

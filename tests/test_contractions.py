@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from moonwalk_compile import moonwalk_compile
+from moonwalk_compile import backend, moonwalk_compile
 from moonwalk_compile.measure import gradient_error, gradients
 from moonwalk_compile.passes.cost import DEVICES
 from moonwalk_compile.passes.inverse import inverse_edges
@@ -105,6 +106,15 @@ def test_contractions_are_recovered(name: str, lipschitz: float, strategy: str) 
     make, shape = NETS[name]
     error, used = trained(lambda: make(lipschitz), shape, strategy)
     assert strategy in used and error < 3e-5, (used, error)
+
+
+@pytest.mark.parametrize("bandwidth", [7e9, 3e10])
+def test_the_branch_of_a_contraction_is_not_solved_for(bandwidth: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is faster: the way through its weights' inverses is badly conditioned, and no border shows it."""
+    device = replace(DEVICES["cpu"], bandwidth=bandwidth)
+    monkeypatch.setattr(backend, "find_device", lambda name: device)
+    error, used = trained(lambda: normalized(0.3), (256, WIDTH), "moonwalk")
+    assert "moonwalk" in used and error < 3e-5, (used, error)
 
 
 @pytest.mark.parametrize("strategy", ["invert", "moonwalk"])

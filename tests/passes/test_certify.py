@@ -116,6 +116,22 @@ def test_what_one_sample_or_stream_suffers_is_not_averaged():
         assert certificate.local == pytest.approx(1e-3, rel=0.1)
 
 
+@pytest.mark.parametrize(("off", "factor"), [(1e-3, 1.0), (0.0, 50.0)])
+def test_what_is_solved_on_the_way_counts(off: float, factor: float) -> None:
+    """Gradients read it: it may be off, or more sensitive, where the values at the borders are not."""
+    base = {0: torch.ones(100, 4, dtype=torch.float64)}
+
+    def recover(state: State) -> State:
+        return {0: state[0], 1: base[0] + factor * (state[0] - base[0])}
+
+    def apply(state: State, before: State) -> State:
+        return {0: state[0], 1: recover(state)[1] * (1 + off)}
+
+    ((_, certificate),) = measure_chain([_Link(0, recover, apply, (0,), (1,))], base, base)
+    assert certificate.local == pytest.approx(off, rel=0.05, abs=1e-12)
+    assert certificate.growth == pytest.approx(factor, rel=0.05)
+
+
 def test_samples_that_are_nearly_zero_do_not_count_as_much():
     start = {0: torch.ones(100, 4, dtype=torch.float64)}
     start[0][7] = 1e-12

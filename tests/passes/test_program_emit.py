@@ -262,6 +262,29 @@ def test_what_a_chain_recovers_is_not_read_in_front_of_it():
     assert order.index("inverse of mm") < order.index("relu") < order.index("threshold_backward")
 
 
+def test_only_what_leads_to_a_border_is_solved_for():
+    """The branch of x + F(x) could be had from the sum too, cheaply: but noise grows on that way, unseen."""
+    hand = Hand()
+    x, w, h = hand.input("x", 64), hand.input("w", 8, "parameter"), hand.input("h", 64, "tangent")
+    y = hand.call("mm", [x, w], 64, expensive=True, sequence=0)
+    inner = hand.call("mm", [y, w], 64, expensive=True, seconds=5.0, sequence=1)
+    branch = hand.call("mm", [inner, w], 64, expensive=True, sequence=1)
+    z = hand.call("add", [y, branch], 64, sequence=1)
+    weight = hand.call("mm", [h, inner], 8, stage="backward", expensive=True, sequence=1)
+    first = hand.call("mm", [h, x], 8, stage="backward", expensive=True, sequence=0)
+    inverse = [
+        edge([y], [z, w], [64], "inverse of a contraction", kind="inverse", seconds=100.0),
+        edge([branch], [z, y], [64], "inverse of add", kind="inverse", seconds=0.1),
+        edge([inner], [branch, w], [64], "inverse of mm", kind="inverse", seconds=0.1),
+    ]
+    analysis = analysis_of(hand.graph([z], [weight, first]), {1: inverse})
+    block = analysis.blocks[1]
+    assert block.live_in == (y,) and inner in block.demanded
+    found = block_inversion(analysis, block)
+    assert not found.missing
+    assert [e.label for e in found.solution.program((y, inner))] == ["inverse of a contraction", "mm"]
+
+
 def test_an_inversion_does_not_keep_large_values():
     analysis = normalized(statistic=5)  # more than a sixteenth of 64
     assert block_inversion(analysis, analysis.blocks[1]).missing
