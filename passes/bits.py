@@ -83,7 +83,8 @@ def _pack_signs(source: Tensor) -> Tensor:
     """Two bits per element: which are above zero, then which are neither above nor below."""
     flat = source.detach().reshape(-1)
     if source.device.type != "cpu" or source.dtype not in BY_NUMPY:
-        return torch.cat([_pack_by_words(flat > 0), _pack_by_words((flat > 0).logical_or_(flat < 0).logical_not_())])
+        marks = flat > 0
+        return torch.cat([_pack_by_words(marks), _pack_by_words((flat < 0).logical_or_(marks).logical_not_())])
     packed = torch.empty((flat.numel() + 7) // 8 * 2, dtype=torch.uint8)
     halves = (half.split(CACHED // 8) for half in packed.chunk(2))
     for piece, positive, level in zip(flat.split(CACHED), *halves, strict=True):

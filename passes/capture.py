@@ -214,4 +214,5 @@ def read_joint(
     merged = fx_graph_cse(joint.graph)
     _drop_running_statistics(merged)
     merged.eliminate_dead_code()
+    merged.owning_module = joint  # where the constants of the captured graph are looked up
     return JointReader(merged, roles or {}, device).read(forward_outputs)

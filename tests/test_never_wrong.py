@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_leaves
 
 from moonwalk_compile import BudgetError, CaptureError, moonwalk_compile
-from moonwalk_compile.measure import gradient_error, gradients
+from moonwalk_compile.measure import compare_steps, gradient_error, gradients
 
 PLANS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -809,3 +809,21 @@ def test_deep_leaky_chains_fall_back_before_their_error_grows(slope: float):
     for net in (model, ours):
         (net(x) * target).sum().backward()
     assert gradient_error(gradients(ours), gradients(model)) <= 1e-4
+
+
+class WithConstant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat([b, a + torch.tanh(self.f(b)) * torch.tensor([0.7] * 16)], -1)
+
+
+def test_a_constant_of_the_captured_graph_is_found_when_certifying() -> None:
+    model, x = nn.Sequential(*(WithConstant() for _ in range(8))), torch.randn(256, 32)
+    ours = compiled(model, strategies=("invert", "checkpoint"), max_slowdown=3)
+    found = compare_steps(ours, model, lambda net, x: net(x).square().mean(), (x,))
+    assert found.gradient_error < 1e-5
+    assert ours.plan is not None and "invert" in {segment.strategy for segment in ours.plan.segments}
