@@ -246,7 +246,8 @@ def step_case(case: str, settings: Any) -> Result:
     for name, rate in (("gradients kept", None), ("SGD in the sweep", 1e-3)):
         model = copy.deepcopy(base)
         optimizer = None if rate is None else torch.optim.SGD(model.parameters(), lr=rate)
-        step = training_step(model, F.mse_loss, optimizer, lowering=settings.lowering, example_inputs=(x, target))
+        options = {"lowering": settings.lowering, "max_slowdown": 2.0}
+        step = training_step(model, F.mse_loss, optimizer, example_inputs=(x, target), **options)
         step(x, target)
         model.zero_grad(set_to_none=True)
         peak = measure_step(partial(step, x, target)).peak_bytes
