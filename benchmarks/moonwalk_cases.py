@@ -158,6 +158,12 @@ def constant_case(case: str, settings: Any) -> Result:
     return result
 
 
+NOTES = {
+    "projected_forward": "an unbiased estimate, from one random direction",
+    "moonwalk_pure_forward": "{} products for the input's gradient",
+}
+
+
 def algorithms_case(case: str, settings: Any, *, depth: int, faster: float) -> Result:
     """Every algorithm on one RevNet in double precision; naive forward mode by a part of its products, scaled up."""
     result, chunk = Result(), 16
@@ -165,14 +171,16 @@ def algorithms_case(case: str, settings: Any, *, depth: int, faster: float) -> R
     base, batch = base[:depth].double(), (x.double(), torch.zeros_like(x.double()))  # without the classifier
     elements = sum(p.numel() for p in base.parameters())
     reference = ALGORITHMS["backprop"](base, F.mse_loss, batch)[1]
-    for name in ("backprop", "checkpointed_backprop", "rev_backprop", "moonwalk_mixed"):
+    for name in [name for name in ALGORITHMS if name != "forward_mode"]:
         run = partial(ALGORITHMS[name], base, F.mse_loss, batch)
         _, found = run()
-        seconds = time_interleaved({name: run}, repeats=settings.repeats)[name].seconds
+        repeats = 1 if name == "moonwalk_pure_forward" else settings.repeats
+        seconds = time_interleaved({name: run}, repeats=repeats)[name].seconds
         peak = measure_step(run).peak_bytes
         error = gradient_error(found, reference)
-        result.points.append(Point(case, name, depth, peak, gradient_bytes(base), seconds, error))
-    mixed = result.points[-1].seconds
+        note = NOTES.get(name, "").format(x.numel())
+        result.points.append(Point(case, name, depth, peak, gradient_bytes(base), seconds, error, note))
+    mixed = next(point.seconds for point in result.points if point.variant == "moonwalk_mixed")
     jvp = _seconds_of_jvps(base, batch, chunk) / chunk
     note = f"{elements} products, {chunk} of them timed"
     result.points.append(Point(case, "forward_mode", depth, seconds=jvp * elements, note=note))

@@ -22,25 +22,35 @@ def plot_results(results: Mapping[str, Result], folder: Path) -> None:
 
 
 def plot_depths(name: str, result: Result, path: Path) -> None:
-    figure, (peaks, errors) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    """Peak, time and, where it was measured, the gradients' error."""
     plain = [point for point in result.points if point.variant == PLAIN]
     ours = [point for point in result.points if point.variant == OURS]
+    known = [point for point in ours if point.error is not None]
+    figure, panels = plt.subplots(1, 3 if known else 2, figsize=(14 if known else 10, 4.5), layout="constrained")
+    peaks, times = panels[:2]
     depths = [point.depth for point in ours]
     peaks.plot(depths, [_mib(point) for point in ours], "o-", label="moonwalk_compile")
     peaks.plot(depths, [(point.gradients or 0) / 2**20 for point in ours], ":", label="of it gradients, at least")
+    times.plot(depths, [point.seconds for point in ours], "o-", label="moonwalk_compile")
     for point in plain:
         peaks.axhline(_mib(point), color="tab:gray", ls="--", label=f"plain at depth {point.depth}")
-    known = [point for point in ours if point.error is not None]
-    errors.plot([point.depth for point in known], [max(point.error or 0, 1e-9) for point in known], "o-")
+        per_layer = (point.seconds or 0) / point.depth
+        label = f"plain's at depth {point.depth}, in proportion"
+        times.plot(depths, [per_layer * depth for depth in depths], color="tab:gray", ls="--", label=label)
+    if known:
+        panels[2].plot([point.depth for point in known], [max(point.error or 0, 1e-9) for point in known], "o-")
+        panels[2].set_yscale("log")
+        panels[2].set_ylabel("relative gradient error")
     peaks.set_ylabel("measured peak (MiB)")
-    errors.set_ylabel("relative gradient error")
-    errors.set_yscale("log")
-    for axes in (peaks, errors):
+    times.set_ylabel("seconds of one step")
+    for axes in panels:
         axes.set_xlabel("depth")
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
+    times.set_yscale("log")
     peaks.set_ylim(bottom=0)
-    peaks.legend(frameon=False)
+    for axes in (peaks, times):
+        axes.legend(frameon=False)
     figure.suptitle(name)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -142,7 +142,7 @@ def _obstacle(planner: Planner, index: int) -> str:
             continue
         missing = planner.missing(strategy, index)
         if missing:
-            reasons.append(f"no {strategy}: {_blocker(planner, missing)}")
+            reasons.append(f"no {strategy}: {_blocker(planner, strategy, index, missing)}")
             continue
         certificate = planner.certificates.get((strategy, index))
         if certificate is not None and planner.single_error(strategy, index) > planner.tolerance:
@@ -154,8 +154,10 @@ def _obstacle(planner: Planner, index: int) -> str:
     return "; ".join(reasons)
 
 
-def _blocker(planner: Planner, missing: Sequence[int]) -> str:
+def _blocker(planner: Planner, strategy: str, index: int, missing: Sequence[int]) -> str:
     graph = planner.analysis.graph
+    if strategy == "moonwalk" and not planner.analysis.blocks[index].cotangents_out:
+        return "a sweep cannot start at the model's inputs"
     value: Value = graph.values[missing[0]]
     if not value.name:
         return "nothing to start from"

@@ -147,6 +147,14 @@ def test_only_the_allowed_strategies_are_used(strategies: tuple[str, ...]):
 # -- the module that comes back ----------------------------------------------------------------------------------------
 
 
+def test_the_plan_says_why_the_first_block_is_not_walked():
+    layers = [layer for _ in range(4) for layer in (nn.Linear(16, 16), nn.LeakyReLU(0.5))]
+    ours = eager(nn.Sequential(*layers), strategies=("moonwalk", "checkpoint"), max_slowdown=4)
+    one_step(ours, torch.randn(64, 16))
+    first = ours.plan.segments[0]
+    assert first.strategy == "checkpoint" and "a sweep cannot start at the model's inputs" in first.reason
+
+
 def test_the_module_stays_what_it_was():
     model = Transformer()
     keys, names, classes = list(model.state_dict()), [n for n, _ in model.named_modules()], type(model)
