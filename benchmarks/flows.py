@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flows_cases import CASES, STEPS
 from flows_peers import PEERS
-from main_job_runs import Variant
+from main_job_runs import Variant, returned_loss
 from tabulate import tabulate
 from torch import Tensor, nn
 from workers import mebibytes, run_worker, select
@@ -113,10 +113,6 @@ def run_case(name: str, options: argparse.Namespace) -> list[Figure]:
 # -- in the worker -------------------------------------------------------------------------------------------------
 
 
-def loss(model: nn.Module, *inputs: Tensor) -> Tensor:
-    return model(*inputs)
-
-
 def measure(name: str, lowering: str, scale: str, repeats: int) -> Figure:
     """Ours is compiled from a copy of the unmodified model; of a peer's, with its memory saving switched off."""
     from moonwalk_compile.measure import gradient_error, time_interleaved
@@ -126,8 +122,8 @@ def measure(name: str, lowering: str, scale: str, repeats: int) -> Figure:
         base, inputs = CASES[name].made(scale)
     else:
         mine, base, inputs = PEERS[name].made(scale)
-        theirs = Variant(mine, loss, inputs)
-    plain = Variant(copy.deepcopy(base), loss, inputs)
+        theirs = Variant(mine, returned_loss, inputs)
+    plain = Variant(copy.deepcopy(base), returned_loss, inputs)
     reference = own_gradients(plain)
     their_peak = theirs.peak() if theirs else None
     ours, broken = compiled(base, inputs, lowering, their_peak)
@@ -159,7 +155,7 @@ def compiled(base: nn.Module, inputs: Any, lowering: str, budget: int | None) ->
     from moonwalk_compile import BudgetError, moonwalk_compile
 
     def attempt(**goal: Any) -> tuple[Variant, str]:
-        variant = Variant(moonwalk_compile(copy.deepcopy(base), lowering=lowering, **goal), loss, inputs)
+        variant = Variant(moonwalk_compile(copy.deepcopy(base), lowering=lowering, **goal), returned_loss, inputs)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             variant.step()

@@ -67,6 +67,11 @@ class Row:
         return asdict(self)
 
 
+def returned_loss(model: nn.Module, *inputs: Tensor) -> Tensor:
+    """Of a model that returns its loss."""
+    return model(*inputs)
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way of running a training step of a model on fixed inputs."""

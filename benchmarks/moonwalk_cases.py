@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from main_job_runs import Variant, describe
+from main_job_runs import Variant, describe, returned_loss
 from torch import Tensor, nn
 
 from examples import lipschitz, revnet
@@ -111,10 +111,6 @@ class WithLoss(nn.Module):
         return self.loss(self.net, *inputs)
 
 
-def call(model: nn.Module, *inputs: Tensor) -> Tensor:
-    return model(*inputs)
-
-
 def depth_case(
     case: str, settings: Any, *, build: Callable[..., Any], loss: Callable[..., Tensor], options: dict[str, Any]
 ) -> Result:
@@ -125,14 +121,14 @@ def depth_case(
     shallow, deep = (16, 320) if settings.full else (4, 16)
     result = Result()
     net, inputs = build(shallow, settings.full)
-    rival = Variant(WithLoss(net, loss), call, inputs)
+    rival = Variant(WithLoss(net, loss), returned_loss, inputs)
     plain = measure(case, PLAIN, shallow, rival)
     result.points.append(plain)
     for depth, budget in ((shallow, None), (4 * shallow, None), (deep, None), (deep, plain.peak)):
         net, inputs = build(depth, settings.full)
         base = WithLoss(net, loss)
         model = moonwalk_compile(copy.deepcopy(base), lowering=settings.lowering, budget=budget, **options)
-        ours = Variant(model, call, inputs)
+        ours = Variant(model, returned_loss, inputs)
         result.points.append(measure(case, OURS if budget is None else WITHIN, depth, ours, base))
     smallest, last = result.points[-2:]
     timings = time_interleaved({PLAIN: rival.step, OURS: ours.step}, repeats=settings.repeats)
@@ -251,10 +247,10 @@ def step_case(case: str, settings: Any) -> Result:
     torch.manual_seed(0)
     base, (x,) = lipschitz.build(activation="abs", layers=depth, **sizes)
     target = torch.zeros_like(x)
+    options = {"lowering": settings.lowering, "max_slowdown": 2.0}
     for name, rate in (("gradients kept", None), ("SGD in the sweep", 1e-3)):
         model = copy.deepcopy(base)
         optimizer = None if rate is None else torch.optim.SGD(model.parameters(), lr=rate)
-        options = {"lowering": settings.lowering, "max_slowdown": 2.0}
         step = training_step(model, F.mse_loss, optimizer, example_inputs=(x, target), **options)
         step(x, target)
         model.zero_grad(set_to_none=True)

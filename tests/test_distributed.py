@@ -73,7 +73,8 @@ def _sharded(rank: int) -> None:
     base, batches, reference = _model()
     options = {"lowering": "eager", "strategies": ("checkpoint",), "max_slowdown": 3}
     mesh = init_device_mesh("cpu", (PROCESSES,))
-    model = nn.Sequential(*(torch.compile(block, backend="moonwalk", options=options) for block in base))
+    whole = {"backend": "moonwalk", "fullgraph": True, "options": options}  # or an error
+    model = nn.Sequential(*(torch.compile(block, **whole) for block in base))
     for block in (*model, model):
         fully_shard(block, mesh=mesh)
     for _ in range(3):
