@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,8 +33,8 @@ class Figure:
     """What one variant of one model took. Bytes; times relative to plain's in the same lowering.
 
     `budget` and the predictions are of ours; `against` names the peer whose measured peak was the budget, and then
-    `against_ratio` is the time relative to that peer's. `time_floor` and `against_floor` are the lower ends of the 95%
-    intervals of the two ratios: only what lies above a bar with those is above it beyond noise.
+    `against_ratio` is the time relative to that peer's. `time_interval` and `against_floor` are the 95% interval of the
+    one ratio and the lower end of the other's: only what lies above a bar with those is above it beyond noise.
     """
 
     model: str
@@ -51,7 +51,7 @@ class Figure:
     error: float | None = None
     against: str = ""
     against_ratio: float | None = None
-    time_floor: float = 1.0
+    time_interval: tuple[float, float] = (1.0, 1.0)
     against_floor: float | None = None
     note: str = ""
 
@@ -137,14 +137,26 @@ def measure_model(name: str, lowering: str, scale: str, budgets: int, repeats: i
                     against=against,
                 )
             )
-        beside = {title: against or "plain" for title, (_, _, against) in made.items()}
-        order = sorted(variants, key=lambda title: list(found).index(beside.get(title, title)))
-        timings = time_interleaved({title: variants[title].step for title in order}, repeats=repeats)
-    for figure in figures:
-        timing = timings[figure.name]
-        figure.time_ratio = timing.ratio_to(timings["plain"])
-        figure.time_floor = timing.interval_to(timings["plain"])[0]
-        if figure.against:
-            figure.against_ratio = timing.ratio_to(timings[figure.against])
-            figure.against_floor = timing.interval_to(timings[figure.against])[0]
+        time_in_groups(figures, variants, repeats)
     return figures
+
+
+def time_in_groups(figures: Sequence[Figure], variants: Mapping[str, Variant], repeats: int) -> None:
+    """Fill in the times. What is compared runs within seconds of each other: other guests of a machine come and go.
+
+    So plain takes its turns with each peer and what is held against it, and with three of the budgets at a time.
+    """
+    ladder = [figure for figure in figures if figure.budget is not None and not figure.against]
+    groups = [ladder[start : start + 3] for start in range(0, len(ladder), 3)]
+    for peer in (figure for figure in figures if figure.budget is None):
+        groups.append([peer, *(figure for figure in figures if figure.against == peer.name)])
+    for group in groups:
+        names = ["plain", *(figure.name for figure in group if figure.name != "plain")]
+        timings = time_interleaved({name: variants[name].step for name in names}, repeats=repeats)
+        for figure in group:
+            timing = timings[figure.name]
+            figure.time_ratio = timing.ratio_to(timings["plain"])
+            figure.time_interval = timing.interval_to(timings["plain"])
+            if figure.against:
+                figure.against_ratio = timing.ratio_to(timings[figure.against])
+                figure.against_floor = timing.interval_to(timings[figure.against])[0]

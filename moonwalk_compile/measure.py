@@ -7,10 +7,11 @@ the new ones would be missing from the peak. A compiled model must have run befo
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -175,16 +176,29 @@ def time_interleaved(
     if not steps or repeats < 1:
         raise ValueError("time_interleaved needs at least one step and one repeat")
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(warmup + repeats):
-        for name, step in steps.items():
-            gc.collect()
-            seconds = timed(step, torch.device(device))
-            if turn >= warmup:
-                samples[name].append(seconds)
+    with _old_objects_left_alone():
+        for turn in range(warmup + repeats):
+            for name, step in steps.items():
+                gc.collect()
+                seconds = timed(step, torch.device(device))
+                if turn >= warmup:
+                    samples[name].append(seconds)
     first = next(iter(samples.values()))
     return {
         name: Timing(statistics.median(own), _median_ratio(own, first), tuple(own)) for name, own in samples.items()
     }
+
+
+@contextlib.contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """The collector passes over what exists by now: compiled models hold millions of objects, and to walk through them
+    between the steps would take longer than a step and empty the caches."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _median_ratio(own: Iterable[float], other: Iterable[float]) -> float:
