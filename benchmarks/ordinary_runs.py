@@ -151,8 +151,8 @@ def time_in_groups(figures: Sequence[Figure], variants: Mapping[str, Variant], r
     for peer in (figure for figure in figures if figure.budget is None):
         groups.append([peer, *(figure for figure in figures if figure.against == peer.name)])
     for group in groups:
-        names = ["plain", *(figure.name for figure in group if figure.name != "plain")]
-        timings = time_interleaved({name: variants[name].step for name in names}, repeats=repeats)
+        steps = {name: variants[name].step for name in ("plain", *(figure.name for figure in group))}
+        timings = time_interleaved(steps, repeats=repeats)
         for figure in group:
             timing = timings[figure.name]
             figure.time_ratio = timing.ratio_to(timings["plain"])

@@ -1,5 +1,6 @@
 """Peaks are checked to the byte on steps whose allocations are known."""
 
+import gc
 import math
 
 import pytest
@@ -105,6 +106,14 @@ def test_measuring_twice_gives_the_same():
     first = measure_step(step)
     model.zero_grad(set_to_none=True)
     assert measure_step(step).timeline == first.timeline
+
+
+def test_the_collector_leaves_old_objects_alone_while_steps_are_timed():
+    before, during = gc.get_freeze_count(), []
+    time_interleaved({"step": lambda: during.append(gc.get_freeze_count())}, repeats=1, warmup=0)
+    with pytest.raises(ZeroDivisionError):
+        time_interleaved({"step": lambda: 1 / 0}, repeats=1)
+    assert during[0] > before == gc.get_freeze_count()
 
 
 def test_interleaved_order_and_counts():
