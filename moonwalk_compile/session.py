@@ -31,7 +31,7 @@ from .passes.lower import Aim, Boxed, Half, Lowerer, as_boxed
 from .passes.plan import NoPlan, Planned, Planner
 from .passes.rewrite import to_halves
 from .passes.solutions import Facts
-from .passes.timing import Clock
+from .passes.timing import Clock, cache_folder
 from .passes.verify import verify, verify_certified
 from .passes.workspace import Workspaces
 from .passes.wrapper_memory import Workspace, no_workspace
@@ -192,12 +192,13 @@ class Session:
         return StepMeter(device or torch.device("cpu"), len(self.analysis.graph.tangents), self.on_measured)
 
     def _clock(self) -> Clock | None:
+        fused, limit = self.options.lowering == "inductor", self._trial_limit()
         if self.options.profile != "measure":
-            return None
+            return None if self.device.datasheet else Clock(fused=fused, limit=limit)
         if not self._at_hand():
             what = f"there is no {self.device.name} on this machine"
             raise OptionError("Nothing can be measured", what, 'leave out profile="measure", or plan for "cpu"')
-        return Clock(fused=self.options.lowering == "inductor", limit=self._trial_limit())
+        return Clock(fused=fused, limit=limit, folder=cache_folder())
 
     def compile_forward(self, module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         assert self.forward is not None

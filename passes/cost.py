@@ -23,9 +23,9 @@ class Device:
     """Peak rates: floating-point operations and bytes per second, and seconds of overhead per call.
 
     A `clock` says what an operation was measured to take; what it does not know counts by the rates. `fused` says that
-    pointwise operations are fused (see `fusion`). The gradients of grouped convolutions have rates of their own: on
-    images that are laid out channels last, as ours are where operations are fused, and on others. So have elements that
-    are packed into bits and unpacked.
+    pointwise operations are fused (see `fusion`), and `as_captured` that convolutions then get their gradients from
+    images as they were captured, not from images laid out channels last. Elements that are packed into bits and
+    unpacked have rates of their own.
     """
 
     name: str
@@ -34,18 +34,17 @@ class Device:
     overhead: float
     transcendental: float = 1e11  # elements of exp, erf, tanh per second
     random: float = 5e11  # random numbers drawn per second
-    grouped: float = math.inf
-    grouped_strided: float = math.inf
     packed: float = math.inf  # elements per second
     unpacked: float = math.inf
     datasheet: bool = True
     fused: bool = False
-    clock: Callable[[Operation], float | None] | None = field(default=None, compare=False, repr=False)
+    as_captured: bool = False
+    clock: Callable[[Operation, bool], float | None] | None = field(default=None, compare=False, repr=False)
 
     @property
     def plain(self) -> Device:
         """As plain `torch.compile` uses it: its backward graphs leave images as they were captured."""
-        return replace(self, grouped=self.grouped_strided)
+        return replace(self, as_captured=True)
 
 
 def _card(name: str, flops: float, bandwidth: float, transcendental: float) -> Device:
@@ -163,11 +162,11 @@ def operation_seconds(operation: Operation, device: Device) -> float:
     if device.fused and is_fused(operation):  # of what it reads and writes, about half stays within a loop
         passes = 2 if base_name(operation.target) in IMAGES else 1
         return max(passes * operation.moved / 2 / device.bandwidth, fused_arithmetic(operation, device))
-    if device.clock is not None and (measured := device.clock(operation)) is not None:
+    if device.clock is not None and (measured := device.clock(operation, device.as_captured)) is not None:
         return measured
     name = base_name(operation.target)
     rounds = _rounds(operation)
-    arithmetic = operation.flops / _rate(name, operation, device)
+    arithmetic = operation.flops / device.flops
     memory = rounds * operation.moved / device.bandwidth
     elements = sum(operation.new) / 4
     special = elements * SPECIAL.get(name, 0.0) / device.transcendental
@@ -183,13 +182,6 @@ def _bit_seconds(operation: Operation, device: Device) -> float:
         bits = 1 if operation.target is unpack_two.default else 2  # of two, one is looked at and rarely read
         return 8 * (operation.moved - sum(operation.new)) / bits / device.unpacked
     return 0.0
-
-
-def _rate(name: str, operation: Operation, device: Device) -> float:
-    """Floating-point operations per second."""
-    if name == "convolution_backward" and operation.args[9] > 1:
-        return min(device.flops, device.grouped if device.fused else device.grouped_strided)
-    return device.flops
 
 
 def _rounds(operation: Operation) -> int:
@@ -236,8 +228,6 @@ def _calibrate() -> Device:
     bits = pack_bits(mask)
     packed = _seconds(lambda: pack_bits(mask))
     unpacked = _seconds(lambda: unpack_two(bits, [mask.numel()], 1.0, 0.0, torch.bool))
-    images = torch.randn(8, 64, 12, 12)
-    grouped = _grouped_rate(images.contiguous(memory_format=torch.channels_last))
     return Device(
         "cpu",
         flops=2 * 768**3 / product,
@@ -247,19 +237,8 @@ def _calibrate() -> Device:
         random=1.25 * medium.numel() / drawn,  # the mask is counted with the numbers
         packed=mask.numel() / packed,
         unpacked=mask.numel() / unpacked,
-        grouped=grouped,
-        grouped_strided=_grouped_rate(images),
         datasheet=False,
     )
-
-
-def _grouped_rate(images: Tensor) -> float:
-    """Floating-point operations per second of the gradients of a depthwise convolution 7 x 7."""
-    channels = images.shape[1]
-    kernel = torch.randn(channels, 1, 7, 7)
-    rest = ([1, 1], [3, 3], [1, 1], False, [0, 0], channels, [True, True, False])
-    seconds = _seconds(lambda: torch.ops.aten.convolution_backward(images, images, kernel, None, *rest))
-    return 2 * 2 * 49 * images.numel() / seconds
 
 
 def find_device(name: str) -> Device:

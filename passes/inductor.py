@@ -37,7 +37,7 @@ from ._torch_compat_inductor import (
     tracing,
 )
 from .capture import is_random
-from .layout import lay_out
+from .layout import CONVOLUTIONS, channels_last, lay_out
 from .wrapper_memory import MemoryEvent, OutputStorage, ProfileUnknown, Workspace, no_workspace, peak, replay, separate
 
 __all__ = [
@@ -200,17 +200,8 @@ def _attribute(gm: GraphModule, name: str) -> Any:
     return value
 
 
-# Convolutions, with how many images they begin their arguments with.
-IMAGES: dict[Any, int] = {
-    torch.ops.aten.convolution.default: 1,
-    torch.ops.aten.convolution_backward.default: 2,
-}
-
-
 def _channels_last(image: torch.Tensor) -> torch.Tensor:
-    if image.dim() != 4:
-        return image
-    return lay_out(image, torch.empty(image.shape, device="meta", memory_format=torch.channels_last).stride())
+    return lay_out(image, channels_last(image.shape, image.stride()))
 
 
 def _as_planned(value: Any, node: Any) -> Any:
@@ -230,7 +221,7 @@ class _Lifted(Interpreter):
     def fetch_args_kwargs_from_env(self, n: Node) -> tuple[Any, Any]:
         """Random numbers that must be eager PyTorch's are drawn in the planned layout: they come in memory's order."""
         args, kwargs = super().fetch_args_kwargs_from_env(n)
-        if self.channels_last and (images := IMAGES.get(n.target)):
+        if self.channels_last and (images := CONVOLUTIONS.get(n.target)):
             return (*map(_channels_last, args[:images]), *args[images:]), kwargs
         if self.channels_last and inductor_config.fallback_random and is_random(n):
             return tuple(_as_planned(value, node) for value, node in zip(args, n.args, strict=True)), kwargs

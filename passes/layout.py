@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+
+aten = torch.ops.aten
+# Convolutions, with how many images they begin their arguments with.
+CONVOLUTIONS: dict[Any, int] = {aten.convolution.default: 1, aten.convolution_backward.default: 2}
 
 
 def lay_out(tensor: Tensor, strides: Sequence[int]) -> Tensor:
@@ -14,3 +20,10 @@ def lay_out(tensor: Tensor, strides: Sequence[int]) -> Tensor:
     order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
     back = sorted(range(tensor.dim()), key=order.__getitem__)
     return tensor.permute(order).contiguous().permute(back)
+
+
+def channels_last(size: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """The strides of an image in that order; what is no image keeps its own."""
+    if len(size) != 4:
+        return tuple(strides)
+    return torch.empty(tuple(size), device="meta", memory_format=torch.channels_last).stride()

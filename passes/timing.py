@@ -1,7 +1,9 @@
-"""Operations timed on the device at hand: `profile="measure"`.
+"""Operations timed on the device at hand: all with `profile="measure"`, otherwise the convolutions on a CPU.
 
-Each distinct call (operation, shapes, strides, types) runs a few times on made-up values. What was found is remembered
-on disk, by device and torch release, so that the next plan of the same blocks is made without running anything.
+Each distinct call (operation, shapes, strides, types) runs a few times on made-up values. With `profile="measure"` what
+was found is remembered on disk, by device and torch release, so that the next plan of the same blocks is made without
+running anything. Convolutions are always timed: their times depend on layouts, groups and the sizes of images in ways
+that no rate describes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from tqdm import tqdm
 
 from ._torch_compat_inductor import disable_current_modes, tree_leaves
 from .graph import Call, Operation
+from .layout import CONVOLUTIONS, channels_last
 from .workspace import Like, made_up, may_be_tried
 
 SPENT_S = 0.05  # on one call, after a first run that does not count
@@ -31,37 +36,41 @@ OURS = ("aten", "prims", "moonwalk_compile")  # others may do more than compute
 
 
 class Clock:
-    """Seconds of an operation, by trial; None for what cannot be tried, which then counts by the device's table.
+    """Seconds of an operation, by trial; None for what is not tried, which then counts by the device's table.
 
     With `fused` (Inductor) pointwise operations are not timed: alone they would take several times what they take
-    in a fused loop. `limit` bounds the bytes of the operands of what is tried.
+    in a fused loop. And images are laid out as there. `limit` bounds the bytes of the operands of what is tried. What
+    was found is remembered in `folder`; without one only convolutions are timed.
     """
 
     def __init__(self, *, fused: bool, limit: float = math.inf, folder: Path | None = None) -> None:
-        self.fused, self.limit = fused, limit
-        self.folder = cache_folder() if folder is None else folder
+        self.fused, self.limit, self.folder = fused, limit, folder
         self.found: dict[str, float | None] = {}
-        self.known: dict[int, tuple[Call, float | None]] = {}
+        self.known: dict[tuple[int, bool], tuple[Call, float | None]] = {}
         self.new = 0
-        self.bar = tqdm(desc="timing operations", unit="", leave=False, disable=None)
+        self.bar = tqdm(desc="timing operations", unit="", leave=False, disable=None if folder else True)
         self.loaded = False
 
-    def __call__(self, operation: Operation) -> float | None:
+    def __call__(self, operation: Operation, as_captured: bool = False) -> float | None:
+        """With `as_captured` convolutions get their gradients from images as they were captured, fused or not."""
         call = operation.call
         if call is None or getattr(call[0], "namespace", None) not in OURS:
             return None
+        if self.folder is None and call[0] not in CONVOLUTIONS:
+            return None
         if self.fused and torch.Tag.pointwise in call[0].tags:
             return None
-        if id(call) not in self.known:
-            self.known[id(call)] = (call, self._look_up(call))
-        return self.known[id(call)][1]
+        if (id(call), as_captured) not in self.known:
+            moved = self.fused and not (as_captured and call[0] is torch.ops.aten.convolution_backward.default)
+            self.known[id(call), as_captured] = (call, self._look_up(laid_out(call) if moved else call))
+        return self.known[id(call), as_captured][1]
 
     def save(self) -> None:
         """Write what was measured to disk; where that is not possible it is measured again next time."""
         self.bar.close()
-        if not self.new:
+        if not self.new or self.folder is None:
             return
-        path, self.new = self._path(), 0
+        path, self.new = self._path(self.folder), 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             merged = {**read(path), **{key: value for key, value in self.found.items() if value is not None}}
@@ -72,8 +81,8 @@ class Clock:
             return
 
     def _look_up(self, call: Call) -> float | None:
-        if not self.loaded:
-            self.found, self.loaded = dict(read(self._path())), True
+        if self.folder is not None and not self.loaded:
+            self.found, self.loaded = dict(read(self._path(self.folder))), True
         key = hashlib.sha256(repr((str(call[0]), *call[1:])).encode()).hexdigest()[:32]
         if key not in self.found:
             self.found[key] = measured_seconds(call, self.limit)
@@ -81,10 +90,10 @@ class Clock:
             self.bar.update()
         return self.found[key]
 
-    def _path(self) -> Path:
+    def _path(self, folder: Path) -> Path:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
         text = f"{name} {torch.get_num_threads()} {torch.__version__}"
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
 def read(path: Path) -> dict[str, float | None]:
@@ -112,15 +121,30 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def laid_out(call: Call) -> Call:
+    """A convolution on a CPU as it is called where operations are fused: on images channels last."""
+    target, args, kwargs = call
+    images = CONVOLUTIONS.get(target, 0)
+    return target, (*map(_channels_last, args[:images]), *args[images:]), kwargs
+
+
+def _channels_last(image: Like) -> Like:
+    return replace(image, stride=channels_last(image.size, image.stride)) if image.device.type == "cpu" else image
+
+
 def measured_seconds(call: Call, limit: float = math.inf) -> float | None:
-    """The median time of a call on made-up values, or None."""
-    likes = [item for item in tree_leaves(call[1:]) if isinstance(item, Like)]
+    """The median time of a call on made-up values, or None. Each is timed once in a process."""
+    likes = tuple(item for item in tree_leaves(call[1:]) if isinstance(item, Like))
     if not may_be_tried(call[0]) or not likes or sum(like.bytes for like in likes) > limit:
         return None
+    return _measured(call, likes[0].device, torch.get_num_threads())
+
+
+@cache
+def _measured(call: Call, device: torch.device, threads: int) -> float | None:
     with disable_current_modes(), torch.no_grad(), torch.random.fork_rng():
         try:
             args, kwargs = made_up(*call[1:])
-            device = likes[0].device
             run: Callable[[], Any] = lambda: call[0](*args, **kwargs)  # noqa: E731
             timed(run, device)
             first = timed(run, device)

@@ -45,19 +45,6 @@ def test_groups_divide_the_work_of_both_gradients() -> None:
         assert count_flops(gradients_node(4, mask)) == count_flops(gradients_node(1, mask)) / 4
 
 
-def test_grouped_gradients_have_a_rate_of_their_own() -> None:
-    device = replace(DEVICES["cpu"], overhead=0.0, bandwidth=1e30, grouped=1e9, grouped_strided=5e8)
-    fusing = replace(device, fused=True)
-
-    def seconds(groups: int, device: object) -> float:
-        args = (Ref(0), Ref(1), Ref(2), None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups, [True, True, False])
-        operation = Operation(aten.convolution_backward.default, args, new=(4,), flops=1e9)
-        return operation_seconds(operation, device)  # type: ignore[arg-type]
-
-    assert [seconds(8, d) for d in (device, fusing, fusing.plain)] == [2.0, 1.0, 2.0]
-    assert seconds(1, fusing) == 1e9 / device.flops
-
-
 def test_bits_have_rates_of_their_own() -> None:
     device = replace(DEVICES["cpu"], overhead=0.0, bandwidth=1e30, packed=1e3, unpacked=2e3)
     ours = torch.ops.moonwalk_compile

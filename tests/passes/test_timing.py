@@ -71,7 +71,7 @@ def test_what_cannot_be_tried_counts_by_the_table(tmp_path: Path) -> None:
     assert Clock(fused=False, limit=10, folder=tmp_path)(product(64)) is None
     device = DEVICES["cuda"]
     assert operation_seconds(wrong, replace(device, clock=clock)) == operation_seconds(wrong, device)
-    timed = replace(device, clock=lambda _: 7.0)
+    timed = replace(device, clock=lambda *_: 7.0)
     assert operation_seconds(product(4), timed) == 7.0
 
 
@@ -80,6 +80,44 @@ def test_in_a_fused_loop_pointwise_operations_take_what_the_table_says(tmp_path:
     assert Clock(fused=True, folder=tmp_path)(pointwise) is None
     assert Clock(fused=False, folder=tmp_path)(pointwise) is not None
     assert Clock(fused=True, folder=tmp_path)(product(8)) is not None
+
+
+def gradients(channels: int, size: int) -> Operation:
+    """Of a depthwise convolution, from images as they are by default."""
+    images = torch.empty(2, channels, size, size)
+    rest = (None, [1, 1], [3, 3], [1, 1], False, [0, 0], channels, [True, True, False])
+    call = (
+        aten.convolution_backward.default,
+        *frozen_call((images, images, torch.empty(channels, 1, 7, 7), *rest), {}),
+    )
+    return Operation(aten.convolution_backward.default, (), new=(4,), call=call)
+
+
+def test_without_a_folder_only_convolutions_are_timed() -> None:
+    clock = Clock(fused=False)
+    assert clock(product(8)) is None
+    found = clock(gradients(4, 8))
+    assert found is not None and found > 0
+    assert Clock(fused=False, limit=10)(gradients(4, 8)) is None
+    assert Clock(fused=False)(gradients(4, 8)) == found  # once in a process
+    clock.save()
+
+
+def test_where_loops_are_fused_images_are_tried_as_they_are_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(timing, "measured_seconds", lambda call, _: tried.append(call[1]) or float(len(tried)))
+    images = [(432, 1, 72, 12), (432, 36, 6, 1)]  # channels last, as captured
+    operation = replace(gradients(12, 6), new=(4,))
+    ours = replace(DEVICES["cpu"], fused=True, clock=Clock(fused=True))
+    assert [operation_seconds(operation, device) for device in (ours, ours.plain, ours)] == [1.0, 2.0, 1.0]
+    assert [(args[0].stride, args[1].stride) for args in tried] == [(strides, strides) for strides in images]
+    assert [args[2].stride for args in tried] == [(49, 49, 7, 1)] * 2
+    forward = (aten.convolution.default, *frozen_call((torch.empty(2, 12, 6, 6), torch.empty(12, 1, 7, 7)), {}))
+    for as_captured in (False, True):  # plain `torch.compile` lays these out too
+        Clock(fused=True)(Operation(aten.convolution.default, (), new=(4,), call=forward), as_captured)
+        assert tried[-1][0].stride == images[0]
+    Clock(fused=False)(operation)
+    assert tried[-1][0].stride == images[1]
 
 
 def test_what_draws_takes_as_long_as_its_numbers() -> None:
