@@ -32,6 +32,7 @@ from .workspace import Like, made_up, may_be_tried
 
 SPENT_S = 0.05  # on one call, after a first run that does not count
 MOST_RUNS = 7
+WORTH_TIMING = 1e7  # floating-point operations; what takes less is mostly the call's overhead
 OURS = ("aten", "prims", "moonwalk_compile")  # others may do more than compute
 
 
@@ -40,7 +41,7 @@ class Clock:
 
     With `fused` (Inductor) pointwise operations are not timed: alone they would take several times what they take
     in a fused loop. And images are laid out as there. `limit` bounds the bytes of the operands of what is tried. What
-    was found is remembered in `folder`; without one only convolutions are timed.
+    was found is remembered in `folder`; without one only convolutions of some size are timed.
     """
 
     def __init__(self, *, fused: bool, limit: float = math.inf, folder: Path | None = None) -> None:
@@ -56,7 +57,7 @@ class Clock:
         call = operation.call
         if call is None or getattr(call[0], "namespace", None) not in OURS:
             return None
-        if self.folder is None and call[0] not in CONVOLUTIONS:
+        if self.folder is None and (call[0] not in CONVOLUTIONS or operation.flops < WORTH_TIMING):
             return None
         if self.fused and torch.Tag.pointwise in call[0].tags:
             return None

@@ -90,7 +90,7 @@ def gradients(channels: int, size: int) -> Operation:
         aten.convolution_backward.default,
         *frozen_call((images, images, torch.empty(channels, 1, 7, 7), *rest), {}),
     )
-    return Operation(aten.convolution_backward.default, (), new=(4,), call=call)
+    return Operation(aten.convolution_backward.default, (), new=(4,), flops=1e9, call=call)
 
 
 def test_without_a_folder_only_convolutions_are_timed() -> None:
@@ -99,6 +99,7 @@ def test_without_a_folder_only_convolutions_are_timed() -> None:
     found = clock(gradients(4, 8))
     assert found is not None and found > 0
     assert Clock(fused=False, limit=10)(gradients(4, 8)) is None
+    assert clock(replace(gradients(4, 8), flops=1e3)) is None
     assert Clock(fused=False)(gradients(4, 8)) == found  # once in a process
     clock.save()
 
@@ -114,7 +115,7 @@ def test_where_loops_are_fused_images_are_tried_as_they_are_laid_out(monkeypatch
     assert [args[2].stride for args in tried] == [(49, 49, 7, 1)] * 2
     forward = (aten.convolution.default, *frozen_call((torch.empty(2, 12, 6, 6), torch.empty(12, 1, 7, 7)), {}))
     for as_captured in (False, True):  # plain `torch.compile` lays these out too
-        Clock(fused=True)(Operation(aten.convolution.default, (), new=(4,), call=forward), as_captured)
+        Clock(fused=True)(Operation(aten.convolution.default, (), new=(4,), flops=1e9, call=forward), as_captured)
         assert tried[-1][0].stride == images[0]
     Clock(fused=False)(operation)
     assert tried[-1][0].stride == images[1]
