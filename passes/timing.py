@@ -1,9 +1,9 @@
-"""Operations timed on the device at hand: all with `profile="measure"`, otherwise the convolutions on a CPU.
+"""Operations timed on the device at hand: all with `profile="measure"`, otherwise large convolutions on a CPU.
 
 Each distinct call (operation, shapes, strides, types) runs a few times on made-up values. With `profile="measure"` what
 was found is remembered on disk, by device and torch release, so that the next plan of the same blocks is made without
-running anything. Convolutions are always timed: their times depend on layouts, groups and the sizes of images in ways
-that no rate describes.
+running anything. Large convolutions are always timed: their times depend on layouts, groups and the sizes of images in
+ways that no rate describes.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _channels_last(image: Like) -> Like:
 
 def measured_seconds(call: Call, limit: float = math.inf) -> float | None:
     """The median time of a call on made-up values, or None. Each is timed once in a process."""
-    likes = tuple(item for item in tree_leaves(call[1:]) if isinstance(item, Like))
+    likes = [item for item in tree_leaves(call[1:]) if isinstance(item, Like)]
     if not may_be_tried(call[0]) or not likes or sum(like.bytes for like in likes) > limit:
         return None
     return _measured(call, likes[0].device, torch.get_num_threads())
