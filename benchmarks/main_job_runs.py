@@ -85,11 +85,11 @@ class Variant:
         self.loss(self.model, *self.inputs).backward()
 
     def peak(self) -> int:
-        """Measured bytes, after two steps that compile and calibrate."""
-        for _ in range(2):
+        """Measured bytes, after steps that compile and calibrate, and after which a plan may be made again."""
+        for _ in range(3):
             self.step()
         self.model.zero_grad(set_to_none=True)
-        return measure_step(self.step).peak_bytes
+        return measure_step(self.step, device=self.inputs[0].device).peak_bytes
 
 
 class Checkpointed(nn.Module):

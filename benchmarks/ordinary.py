@@ -1,6 +1,7 @@
 """Ordinary models, which cannot be inverted: ours at many budgets against every peer, side by side.
 
     python benchmarks/ordinary.py [--model 'gpt*']... [--lowering eager|inductor] [--scale full|small] [--json FILE]
+    python benchmarks/ordinary.py --device cuda --scale large ...
 
 Each model runs in a process of its own. Exit status 1 if a demanded figure was not reached (at full scale).
 """
@@ -31,7 +32,7 @@ Verdict = tuple[str, str, bool]
 def main() -> int:
     options = parse()
     if options.worker:
-        settings = (options.lowering, options.scale, options.budgets, options.repeats)
+        settings = (options.lowering, options.scale, options.budgets, options.repeats, options.device)
         print(json.dumps([figure.to_json() for figure in measure_model(options.worker, *settings)]))
         return 0
     names = select(MODELS, options.model)
@@ -50,14 +51,20 @@ def main() -> int:
     print(tabulate(verdicts, headers=("figure", "found", "met"), tablefmt="github"))
     failed = {*names} - {figure.model for figure in figures}
     missed = failed or any(not met for _, _, met in verdicts)
-    return int(bool(missed) and options.scale == "full")
+    return int(bool(missed) and options.scale != "small")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure ordinary models.")
     parser.add_argument("--model", action="append", metavar="NAME", help=f"of {', '.join(MODELS)}; * and ? match any")
     parser.add_argument("--lowering", default="eager", choices=["inductor", "eager"])
-    parser.add_argument("--scale", default="full", choices=["full", "small"], help="small: a smoke test, not judged")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: in mixed precision")
+    parser.add_argument(
+        "--scale",
+        default="full",
+        choices=["full", "small", "large"],
+        help="small: a smoke test, not judged; large: fills a GPU",
+    )
     parser.add_argument("--budgets", type=int, default=8, help="from plain's peak down to the smallest reachable")
     parser.add_argument("--repeats", type=int, default=9, help="interleaved runs of which the median is taken")
     parser.add_argument("--timeout", type=float, default=7200, help="seconds for each model")
@@ -70,7 +77,7 @@ def parse() -> argparse.Namespace:
 def run_model(name: str, options: argparse.Namespace) -> list[Figure]:
     """The figures of one model; none where it failed."""
     command = [__file__, "--worker", name]
-    for option in ("lowering", "scale", "budgets", "repeats"):
+    for option in ("lowering", "device", "scale", "budgets", "repeats"):
         command += [f"--{option}", str(getattr(options, option))]
     figures, printed = run_worker(command, options.timeout)
     print(f"{name} failed: {printed}" if figures is None else printed)
@@ -78,7 +85,10 @@ def run_model(name: str, options: argparse.Namespace) -> list[Figure]:
 
 
 def format_model(figures: Sequence[Figure]) -> str:
-    headers = ("model", "variant", "budget (MiB)", "predicted", "peak (MiB)", "time / plain", "predicted", "gradients")
+    headers = (
+        *("model", "variant", "budget (MiB)", "predicted", "peak (MiB)"),
+        *("time (ms)", "time / plain", "predicted", "gradients"),
+    )
     return tabulate([cells(figure) for figure in figures], headers=headers, tablefmt="github", disable_numparse=True)
 
 
@@ -93,6 +103,7 @@ def cells(figure: Figure) -> list[str]:
         mebibytes(figure.budget),
         mebibytes(figure.predicted),
         mebibytes(figure.peak),
+        f"{1e3 * figure.seconds:.0f}",
         time,
         "" if figure.predicted_ratio is None else f"{figure.predicted_ratio:.2f}",
         gradients,

@@ -24,13 +24,14 @@ EXPENSIVE = [
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
 ]
 TORCH_BUDGETS = (0.7, 0.5, 0.3, 0.1)
 
 
 @dataclass
 class Figure:
-    """What one variant of one model took. Bytes; times relative to plain's in the same lowering.
+    """What one variant of one model took. Bytes; times relative to plain's in the same lowering, and seconds.
 
     `budget` and the predictions are of ours; `against` names the peer whose measured peak was the budget, and then
     `against_ratio` is the time relative to that peer's. `time_interval` and `against_floor` are the 95% interval of the
@@ -43,6 +44,7 @@ class Figure:
     peak: int
     time_ratio: float
     gradients: int
+    seconds: float = 0.0
     budget: int | None = None
     predicted: int | None = None
     predicted_ratio: float | None = None
@@ -107,9 +109,12 @@ def smallest(base: nn.Module, inputs: Any, lowering: str) -> int:
     raise AssertionError("a budget of one byte was met")
 
 
-def measure_model(name: str, lowering: str, scale: str, budgets: int, repeats: int) -> list[Figure]:
+def measure_model(
+    name: str, lowering: str, scale: str, budgets: int, repeats: int, device: str = "cpu"
+) -> list[Figure]:
     torch.manual_seed(0)
     base, inputs = build(name, scale)
+    base, inputs = base.to(device), tuple(value.to(device) for value in inputs)
     gradients = sum(p.numel() * p.element_size() for p in base.parameters() if p.requires_grad)
     with peers.same_random_numbers(lowering):
         found = dict(variants_of_peers(name, base, inputs, lowering))
@@ -129,7 +134,9 @@ def measure_model(name: str, lowering: str, scale: str, budgets: int, repeats: i
             comparison = compare_steps(variant.model, found["plain"].model, loss, inputs)
             figures.append(
                 Figure(
-                    *(name, lowering, title, peak, 1.0, gradients, budget, plan.peak_bytes),
+                    *(name, lowering, title, peak, 1.0, gradients),
+                    budget=budget,
+                    predicted=plan.peak_bytes,
                     predicted_ratio=plan.time_s / plan.plain_time_s,
                     planning_s=plan.planning_s,
                     exact=comparison.exact,
@@ -152,9 +159,10 @@ def time_in_groups(figures: Sequence[Figure], variants: Mapping[str, Variant], r
         groups.append([peer, *(figure for figure in figures if figure.against == peer.name)])
     for group in groups:
         steps = {name: variants[name].step for name in ("plain", *(figure.name for figure in group))}
-        timings = time_interleaved(steps, repeats=repeats)
+        timings = time_interleaved(steps, repeats=repeats, device=variants["plain"].inputs[0].device)
         for figure in group:
             timing = timings[figure.name]
+            figure.seconds = timing.seconds
             figure.time_ratio = timing.ratio_to(timings["plain"])
             figure.time_interval = timing.interval_to(timings["plain"])
             if figure.against:

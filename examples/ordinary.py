@@ -278,11 +278,12 @@ def images(batch: int, size: int, dense: bool = False) -> Inputs:
 
 @dataclass(frozen=True)
 class Ordinary:
-    """How to build a model at full size and for a smoke test, and the names of the lists of modules that one would
-    checkpoint by hand."""
+    """How to build a model at full size, for a smoke test, and (`large`) as it is trained on a GPU of 80 GB, and the
+    names of the lists of modules that one would checkpoint by hand."""
 
     full: Callable[[], tuple[nn.Module, Inputs]]
     small: Callable[[], tuple[nn.Module, Inputs]]
+    large: Callable[[], tuple[nn.Module, Inputs]]
     blocks: tuple[str, ...] = ("blocks",)
 
 
@@ -290,40 +291,49 @@ MODELS = {
     "gpt2": Ordinary(
         lambda: (Gpt(VOCABULARY, 128, 12, 256, 8, 0.1), text(8, 128)),
         lambda: (Gpt(VOCABULARY, 16, 2, 32, 2, 0.1), text(2, 16)),
+        lambda: (Gpt(VOCABULARY, 1024, 12, 768, 12, 0.1), text(32, 1024)),
     ),
     "vit": Ordinary(
         lambda: (ViT(64, 8, 12, 192, 3, 0.1), images(16, 64)),
         lambda: (ViT(16, 8, 2, 32, 2, 0.1), images(2, 16)),
+        lambda: (ViT(224, 16, 12, 768, 12, 0.1), images(128, 224)),
     ),
     "resnet50": Ordinary(
         lambda: (ResNet(32, (3, 4, 6, 3)), images(32, 96)),
         lambda: (ResNet(8, (1, 2)), images(2, 32)),
+        lambda: (ResNet(64, (3, 4, 6, 3)), images(128, 224)),
     ),
     "convnext": Ordinary(
         lambda: (ConvNeXt(48, (3, 3, 9, 3)), images(16, 96)),
         lambda: (ConvNeXt(16, (1, 2)), images(2, 32)),
+        lambda: (ConvNeXt(96, (3, 3, 9, 3)), images(128, 224)),
     ),
     "unet": Ordinary(
         lambda: (UNet(16, 4, 0.5), images(8, 128, dense=True)),
         lambda: (UNet(8, 3, 0.5), images(2, 32, dense=True)),
+        lambda: (UNet(64, 5, 0.5), images(8, 512, dense=True)),
         ("down", "up"),
     ),
     "llama": Ordinary(
         lambda: (Llama(128, 8, 256, 8), text(8, 128)),
         lambda: (Llama(16, 2, 32, 2), text(2, 16)),
+        lambda: (Llama(2048, 16, 2048, 16), text(4, 2048)),
     ),
     "lstm": Ordinary(
         lambda: (Lstm(256, 0.5), text(64, 64)),
         lambda: (Lstm(32, 0.5), text(4, 8)),
+        lambda: (Lstm(1024, 0.5), text(1024, 64)),
         ("cells",),
     ),
 }
 
 
 def build(name: str = "gpt2", scale: str = "full") -> tuple[nn.Module, Inputs]:
-    """A model of `MODELS` and its inputs; `scale` is "full" or "small"."""
+    """A model of `MODELS` and its inputs; `scale` is "full", "small" or "large"."""
     return getattr(MODELS[name], scale)()
 
 
 def loss(model: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-    return model(x, targets)
+    """Its loss; on a GPU in mixed precision, as models are trained there."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        return model(x, targets)

@@ -114,7 +114,10 @@ def measure_step(step: Callable[[], Any], *, device: str | torch.device = "cpu")
 
 
 def _measure_cpu(step: Callable[[], Any]) -> Measured:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    watched = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    )
+    with watched as profile:
         seconds = timed(step, torch.device("cpu"))
     timeline = _live_bytes(_allocator_events(profile))
     return Measured(max(timeline, default=0), seconds, timeline)

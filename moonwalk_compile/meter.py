@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .passes._torch_compat import is_retained
 from .passes.lower import Boxed, as_boxed
-from .passes.trace import storage_bytes
+from .passes.sizes import storage_bytes
 from .passes.workspace import ProfilerBusy, watched
 
 STEPS = 2  # libraries set themselves up in the first one: only what is held twice counts

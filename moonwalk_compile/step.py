@@ -94,7 +94,7 @@ class TrainingStep:
         self.plan: Plan | None = None
         self.graph_module: fx.GraphModule | None = None
         self._key: object = None
-        self._compiled: Callable[..., Tensor] | None = None
+        self._compiled: dict[tuple[bool, ...], Callable[..., Tensor]] = {}
 
     def __call__(self, *inputs: Any) -> Tensor:
         compiled = self._current()
@@ -120,12 +120,16 @@ class TrainingStep:
         return Updater(self.optimizer) if self.optimizer is not None and self.clip_norm is None else None
 
     def _current(self) -> Callable[..., Tensor]:
-        """What is compiled holds for these very parameters."""
+        """What is compiled holds for these very parameters, and for what of them is frozen (which some releases of
+        Dynamo do not look at)."""
         key = (tuple(map(id, self.model.parameters())), self.updater.key if self.updater else None)
-        if self._compiled is None or key != self._key:
+        if key != self._key:
             self.updater = self._new_updater()
-            self._key, self._compiled = key, self._capture(lower=True)
-        return self._compiled
+            self._key, self._compiled = key, {}
+        trained = tuple(parameter.requires_grad for parameter in self.model.parameters())
+        if trained not in self._compiled:
+            self._compiled[trained] = self._capture(lower=True)
+        return self._compiled[trained]
 
     def _capture(self, lower: bool) -> Callable[..., Tensor]:
         def loss_of(*inputs: Any) -> Tensor:

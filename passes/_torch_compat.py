@@ -42,6 +42,8 @@ NOT_ON_FAKE_TENSORS = (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+# Before torch 2.13 (or 2.12) the engine holds what it passes to a backward pass until that returns.
+TANGENTS_ARE_FREED = hasattr(torch.autograd.Function, "boxed_grads_call")
 _frames = itertools.count()
 
 
@@ -105,6 +107,7 @@ __all__ = [
     "detect_fake_mode",
     "NOT_ON_FAKE_TENSORS",
     "SIZES",
+    "TANGENTS_ARE_FREED",
     "capturing",
     "compiled_call",
     "disable_current_modes",

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ._torch_compat import TANGENTS_ARE_FREED
 from .bits import pack_bits, pack_signs, strict_sign, take_marked, unpack_signs, unpack_two
 from .blocks import Block, find_blocks
 from .capture import Capture
@@ -18,8 +19,9 @@ from .graph import Edge, Graph, Stage, Value
 from .inverse import CONTRACTION, inverse_edges, make_call, packing_of_reader, packing_of_value
 from .inverse.constants import Constants
 from .inverse.rule import Packing
+from .sizes import storage_bytes
 from .statistics import TINY, with_statistics
-from .trace import storage_bytes, trace_operations
+from .trace import trace_operations
 
 STRICT_SIGN = "strict sign"
 
@@ -101,9 +103,10 @@ class Analysis:
     @cached_property
     def held(self) -> tuple[int, ...]:
         """What stays alive through the whole backward pass: the outputs, which the user holds, and the gradient of a
-        scalar loss, which the autograd engine holds."""
+        scalar loss, which the autograd engine holds (before torch 2.13, any that it passes)."""
         graph = self.graph
-        return (*graph.output_values, *(value for value in graph.tangents if not graph.values[value].shape))
+        held = (v for v in graph.tangents if not (TANGENTS_ARE_FREED and graph.values[v].shape))
+        return (*graph.output_values, *held)
 
     @cached_property
     def charges(self) -> dict[int, tuple[int, int]]:

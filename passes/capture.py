@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from ._torch_compat import fx_graph_cse
 from .cost import Device, base_name, edge_seconds, qualified_name
 from .graph import Edge, Graph, Operation, Ref, Role, Stage, Value, map_refs
-from .trace import Recorder, storage_bytes, tensors_of
+from .sizes import storage_bytes
+from .trace import Recorder, tensors_of
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from .capture import Capture
 from .cost import Device
 from .graph import Edge, Ref
 from .inverse.rule import result_places
-from .trace import storage_bytes
+from .sizes import storage_bytes
 
 TINY = 256  # statistics that are this many times smaller than what they are of are kept whatever is done
 

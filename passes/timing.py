@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ._torch_compat_inductor import disable_current_modes, tree_leaves
 from .graph import Call, Operation
 from .layout import CONVOLUTIONS, channels_last
-from .workspace import Like, made_up, may_be_tried
+from .trials import Like, made_up, may_be_tried
 
 SPENT_S = 0.05  # on one call, after a first run that does not count
 MOST_RUNS = 7
@@ -145,7 +145,7 @@ def measured_seconds(call: Call, limit: float = math.inf) -> float | None:
 def _measured(call: Call, device: torch.device, threads: int) -> float | None:
     with disable_current_modes(), torch.no_grad(), torch.random.fork_rng():
         try:
-            args, kwargs = made_up(*call[1:])
+            args, kwargs = made_up(*call)
             run: Callable[[], Any] = lambda: call[0](*args, **kwargs)  # noqa: E731
             timed(run, device)
             first = timed(run, device)

@@ -11,12 +11,8 @@ from torch import Tensor, fx
 from ._torch_compat import FakeTensorMode, OpOverload, make_fx, tree_flatten
 from .cost import count_flops
 from .graph import Call, Operation, Ref
-from .workspace import frozen_call
-
-
-def storage_bytes(value: Any) -> int:
-    """Bytes of a (fake) tensor's storage; zero for anything else, such as a symbolic integer."""
-    return int(value.untyped_storage().nbytes()) if isinstance(value, Tensor) else 0
+from .sizes import storage_bytes
+from .trials import frozen_call
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -24,45 +24,11 @@ from ._torch_compat_inductor import (
     start_profiler,
     stop_profiler,
     tree_leaves,
-    tree_map,
 )
 from .graph import Operation
+from .sizes import allocated
+from .trials import Like, frozen_call, made_up, may_be_tried
 from .wrapper_memory import ProfileUnknown
-
-COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")  # other processes would wait
-PICKY = ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")  # they crash on a buffer that no forward pass has written
-
-
-def may_be_tried(target: Any) -> bool:
-    """Whether an operation can be run on made-up values without harm."""
-    name = getattr(getattr(target, "_schema", None), "name", "").removeprefix("aten::")
-    return getattr(target, "namespace", "") not in COLLECTIVES and not name.startswith(PICKY)
-
-
-@dataclass(frozen=True)
-class Like:
-    """Everything about a tensor argument that can matter for memory."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def make(self) -> torch.Tensor:
-        """Small positive numbers; zeros (a valid index, a valid mask) for integers and truth values."""
-        new = torch.empty(self.elements, dtype=self.dtype, device=self.device)
-        filled = new.uniform_(0.1, 1) if self.dtype.is_floating_point else new.zero_()
-        return filled.as_strided(self.size, self.stride)  # strides of expanded tensors are zero
-
-    @property
-    def elements(self) -> int:
-        if 0 in self.size:
-            return 0
-        return 1 + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
-
-    @property
-    def bytes(self) -> int:
-        return self.elements * self.dtype.itemsize
 
 
 @dataclass
@@ -105,38 +71,18 @@ def measured_workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, An
     return _measure(operation, *frozen_call(args, kwargs), torch.get_num_threads())
 
 
-def made_up(args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
-    """Real arguments for a frozen call."""
-    real, named = tree_map(lambda x: x.make() if isinstance(x, Like) else x, (args, dict(kwargs)))
-    return real, named
-
-
-def frozen_call(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The arguments of a call as a hashable description."""
-    return _frozen(tuple(args)), tuple((name, _frozen(value)) for name, value in kwargs.items())
-
-
-def _frozen(value: Any) -> Any:
-    """A hashable copy, with tensors as `Like`."""
-    if isinstance(value, (tuple, list)):
-        return tuple(_frozen(v) for v in value)
-    if isinstance(value, torch.Tensor):
-        return Like(tuple(value.size()), tuple(value.stride()), value.dtype, value.device)
-    return value
-
-
 @cache
 def _measure(operation: Any, args: Any, kwargs: Any, threads: int) -> int:
     with disable_current_modes(), torch.no_grad(), torch.random.fork_rng():
-        real, named = made_up(args, kwargs)
-        device = next(t.device for t in tree_leaves((real, named)) if isinstance(t, torch.Tensor))
         try:
+            real, named = made_up(operation, args, kwargs)
+            device = next(t.device for t in tree_leaves((real, named)) if isinstance(t, torch.Tensor))
             operation(*real, **named)  # once beforehand: libraries keep what they set up at first use
             result, top, end = watched(lambda: operation(*real, **named), device)
         except (RuntimeError, ValueError, TypeError) as error:
             raise ProfileUnknown(f"cannot measure the workspace of {operation}: {error}") from error
     # A loss is returned in the memory of the elements that it is the mean of: more than its own bytes.
-    own = sum(t.numel() * t.itemsize for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+    own = sum(allocated(t.numel() * t.itemsize, t.device) for t in tree_leaves(result) if isinstance(t, torch.Tensor))
     return top - min(end, own)
 
 

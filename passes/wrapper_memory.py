@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ._torch_compat_inductor import FakeTensorMode, disable_current_modes, extern_kernels, tree_leaves
+from .sizes import storage_bytes
 
 # (operation, arguments, keyword arguments) -> the most bytes it holds beyond its arguments and outputs.
 # Tensors among the arguments are fakes.
@@ -104,6 +105,7 @@ class _Ledger:
         self.events: list[MemoryEvent] = []
         self.held: Counter[int] = Counter()
         self.storages: dict[int, Any] = {}  # keeps fake storages alive, so that keys stay unique
+        self.bytes: dict[int, int] = {}
         self.argument: dict[int, int] = {}
         self.external: set[int] = set()
 
@@ -115,18 +117,20 @@ class _Ledger:
         """Allocate whatever storage of `value` is new."""
         for tensor in tree_leaves(value):
             if isinstance(tensor, torch.Tensor) and self.keys(tensor)[0] not in self.storages:
-                storage = tensor.untyped_storage()
-                self.storages[storage._cdata] = storage
-                self.events.append(MemoryEvent(storage.nbytes()))
+                self.events.append(MemoryEvent(self.bytes[self._enter(tensor)]))
+
+    def _enter(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        self.storages[storage._cdata], self.bytes[storage._cdata] = storage, storage_bytes(tensor)
+        return storage._cdata
 
     def adopt(self, tensor: torch.Tensor, argument: int | None) -> None:
         """A storage that exists before the call: an argument's, or (None) a constant's, which outlives the call."""
-        storage = tensor.untyped_storage()
-        self.storages[storage._cdata] = storage
+        key = self._enter(tensor)
         if argument is None:
-            self.external.add(storage._cdata)
+            self.external.add(key)
         else:
-            self.argument[storage._cdata] = argument
+            self.argument[key] = argument
 
     def borrow(self, size: int) -> None:
         """An operation holds `size` bytes for the time of its call."""
@@ -142,9 +146,9 @@ class _Ledger:
     def sweep(self) -> None:
         """Free what no name holds any more (also temporaries, which no name ever held)."""
         for key in [k for k in self.storages if self.held[k] <= 0 and k not in self.external]:
-            storage = self.storages.pop(key)
+            del self.storages[key]
             index = self.argument.pop(key, None)
-            self.events.append(MemoryEvent(-storage.nbytes() if index is None else 0, index))
+            self.events.append(MemoryEvent(-self.bytes[key] if index is None else 0, index))
 
     def outputs(self, values: Sequence[Any]) -> tuple[OutputStorage, ...]:
         first: dict[int, int] = {}
@@ -161,7 +165,7 @@ class _Ledger:
         if key in first:
             return OutputStorage(output=first[key], stride=stride)
         first[key] = index
-        return OutputStorage(bytes=self.storages[key].nbytes(), stride=stride)
+        return OutputStorage(bytes=self.bytes[key], stride=stride)
 
 
 class _Kernel:

@@ -16,7 +16,8 @@ from ..capture import Capture
 from ..cost import Device, edge_seconds
 from ..graph import Edge, Graph, Kind, Operation, Stage, refs_in
 from ..layout import lay_out
-from ..trace import storage_bytes, trace_operations
+from ..sizes import storage_bytes
+from ..trace import trace_operations
 from . import convolution, erasing, linear, normalization, pointwise, pooling, resampled, shape
 from .constants import Constants, constant_regions, divides_by_mask
 from .orthogonal import orthogonal_values

@@ -12,7 +12,7 @@ from moonwalk_compile.passes import timing
 from moonwalk_compile.passes.cost import DEVICES, operation_seconds
 from moonwalk_compile.passes.graph import Operation, Ref
 from moonwalk_compile.passes.timing import Clock, measured_seconds, read
-from moonwalk_compile.passes.workspace import Like, frozen_call
+from moonwalk_compile.passes.trials import Like, frozen_call
 
 aten = torch.ops.aten
 
