@@ -317,7 +317,7 @@ MODELS = {
     "llama": Ordinary(
         lambda: (Llama(128, 8, 256, 8), text(8, 128)),
         lambda: (Llama(16, 2, 32, 2), text(2, 16)),
-        lambda: (Llama(2048, 16, 2048, 16), text(4, 2048)),
+        lambda: (Llama(2048, 8, 2048, 16), text(4, 2048)),
     ),
     "lstm": Ordinary(
         lambda: (Lstm(256, 0.5), text(64, 64)),

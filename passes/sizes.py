@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from functools import cache
 from typing import Any
 
 from torch import Tensor, device
 
-CUDA_BLOCK = 512  # torch's caching allocator hands out multiples of it
+# Of torch's caching allocator for CUDA: what it rounds up to, what it does not split off, and its segments.
+BLOCK, UNSPLIT, SEGMENT, LARGE, ROUNDED = 512, 1 << 20, 20 << 20, 10 << 20, 2 << 20
 
 
 def storage_bytes(value: Any) -> int:
@@ -15,5 +18,30 @@ def storage_bytes(value: Any) -> int:
 
 
 def allocated(size: int, place: device) -> int:
-    """Bytes taken where `size` are asked for."""
-    return -(-size // CUDA_BLOCK) * CUDA_BLOCK if place.type == "cuda" else size
+    """Bytes taken where `size` are asked for.
+
+    A CUDA tensor of more than a mebibyte may get up to another one that the allocator does not split off. How much
+    depends on what was freed before; here it is what tensors of one size get in segments of their own.
+    """
+    if place.type != "cuda":
+        return size
+    taken = _rounded(size, BLOCK)
+    if taken <= UNSPLIT or expandable():
+        return taken
+    if taken < LARGE:
+        count = SEGMENT // taken
+        rest = SEGMENT - count * taken
+        return taken + (rest // count if rest <= UNSPLIT else 0)
+    whole = _rounded(taken, ROUNDED)
+    return whole if whole - taken <= UNSPLIT else taken
+
+
+def _rounded(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+@cache
+def expandable() -> bool:
+    """Whether segments grow, and all that is left of them is split off."""
+    settings = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    return any("expandable_segments:true" in setting.lower().replace(" ", "") for setting in settings)
