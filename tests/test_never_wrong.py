@@ -115,6 +115,7 @@ def check(
     options: dict[str, Any],
     steps: int = 2,
     lowering: str = "eager",
+    bitwise: bool = True,
     **keywords: Any,
 ) -> nn.Module:
     """Several steps of the compiled model beside the same steps of the model.
@@ -129,7 +130,8 @@ def check(
         ours_seen = step(ours, arguments, 0, **keywords)
     for seed in range(steps):
         ours_seen = step(ours, arguments, seed, **keywords) if seed else ours_seen
-        assert_same(ours_seen, step(model, arguments, seed, **keywords), lowering == "eager" and exact(ours))
+        expected = step(model, arguments, seed, **keywords)
+        assert_same(ours_seen, expected, bitwise and lowering == "eager" and exact(ours))
     return ours
 
 
@@ -397,7 +399,9 @@ def pairs() -> Iterator[Any]:
 @pytest.mark.parametrize(("case", "plan"), list(pairs()))
 def test_step(case: str, plan: str):
     model, arguments = CASES[case]()
-    check(model, arguments, PLANS[plan], steps=3 if case in ("batch norm", "convolutions") else 2)
+    normalised = case in ("batch norm", "convolutions")
+    bitwise = DEVICE == "cpu" or case != "convolutions"  # uncompiled, cuDNN would normalise the images
+    check(model, arguments, PLANS[plan], steps=3 if normalised else 2, bitwise=bitwise)
 
 
 KEEP_AND_CHECKPOINT = {"strategies": ("keep", "checkpoint")}
@@ -834,7 +838,7 @@ class WithConstant(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, -1)
-        return torch.cat([b, a + torch.tanh(self.f(b)) * torch.tensor([0.7] * 16)], -1)
+        return torch.cat([b, a + torch.tanh(self.f(b)) * torch.tensor([0.7] * 16, device=x.device)], -1)
 
 
 def test_a_constant_of_the_captured_graph_is_found_when_certifying() -> None:
