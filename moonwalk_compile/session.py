@@ -34,7 +34,7 @@ from .passes.solutions import Facts
 from .passes.timing import Clock, cache_folder
 from .passes.verify import verify, verify_certified
 from .passes.workspace import Workspaces
-from .passes.wrapper_memory import Workspace, no_workspace
+from .passes.wrapper_memory import ProfileUnknown, Workspace, no_workspace
 from .report import Plan
 from .units import format_bytes
 
@@ -348,13 +348,26 @@ class Session:
         assert self.analysis is not None
         started = time.perf_counter()
         aim = Aim(limit, CUTS if self.cornered else 0)
-        lowered = [self.lowerer.halves(planned.schedule, self.analysis.held, aim)]
+        try:
+            lowered = [self.lowerer.halves(planned.schedule, self.analysis.held, aim)]
+        except ProfileUnknown as error:
+            self._leave_inductor(error)
+            lowered = [self.lowerer.halves(planned.schedule, self.analysis.held, aim)]
         if self.cornered and _peak(lowered[0]) > limit and self.lowerer.channels_last:
             aim = replace(aim, channels_last=False)
             lowered.append(self.lowerer.halves(planned.schedule, self.analysis.held, aim))
         self.forward, self.backward = min(lowered, key=_peak)
         self.lowering_s += time.perf_counter() - started
         return _peak((self.forward, self.backward)) or planned.peak
+
+    def _leave_inductor(self, reason: ProfileUnknown) -> None:
+        """A budget cannot be kept with code whose memory nobody can tell."""
+        warnings.warn(
+            f"moonwalk: the memory of the code that Inductor generated is not known ({reason}): this step runs under "
+            'lowering="eager"',
+            stacklevel=2,
+        )
+        self.lowerer.lowering = "eager"
 
 
 def _peak(halves: tuple[Half, Half]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,22 @@ def _pack(source: Tensor, low: float = 0.0, high: float | None = None) -> Tensor
     """Which elements lie between `low` and `high` (or are True)."""
     if source.device.type == "cpu" and source.dtype in BY_NUMPY:
         return _pack_by_numpy(source.detach().reshape(-1), lambda values: [_mask(values, low, high)])
+    kernels = _kernels(source.device)
+    if kernels is not None and kernels.may_pack(source, low, high):
+        return kernels.pack(source.detach().reshape(-1), low, high)
     return _pack_by_words(_mask(source, low, high).reshape(-1))
+
+
+@cache
+def _kernels(device: torch.device) -> Any:
+    """Those for this device, if there are any (Triton comes with torch for CUDA)."""
+    if device.type != "cuda":
+        return None
+    try:
+        from . import bits_triton
+    except ImportError:
+        return None
+    return bits_triton
 
 
 def _pack_by_numpy(flat: Tensor, masks: Callable[[Any], Sequence[Any]], count: int = 1) -> Tensor:
@@ -72,11 +87,14 @@ def _mask(source: Any, low: float, high: float | None) -> Any:
 def _rows(high: float, low: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The eight values that each of the 256 bytes stands for."""
     bits = (torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1
-    return torch.where(bits.bool(), high, low).to(device=device, dtype=dtype)
+    return torch.tensor([low, high], dtype=torch.float64)[bits].to(device=device, dtype=dtype)
 
 
 def _unpack(packed: Tensor, size: Sequence[int], high: float, low: float, dtype: torch.dtype) -> Tensor:
     """A table of rows is several times faster than shifting, comparing and filling."""
+    kernels = _kernels(packed.device)
+    if kernels is not None:
+        return kernels.unpack(packed, size, high, low, dtype)
     rows = _rows(high, low, dtype, packed.device).index_select(0, packed.int())
     return rows.view(-1)[: math.prod(size)].view(list(size))
 
@@ -86,7 +104,7 @@ def _pack_signs(source: Tensor) -> Tensor:
     flat = source.detach().reshape(-1)
     if source.device.type == "cpu" and source.dtype in BY_NUMPY:
         return _pack_by_numpy(flat, _above_and_level, 2)
-    return torch.cat([_pack_by_words(mask) for mask in _above_and_level(flat)])
+    return torch.cat([_pack(mask) for mask in _above_and_level(flat)])
 
 
 def _above_and_level(values: Any) -> tuple[Any, Any]:

@@ -48,9 +48,8 @@ class Device:
 
 
 def _card(name: str, flops: float, bandwidth: float, transcendental: float) -> Device:
-    """A GPU by its datasheet. Packing moves ten bytes for each element, in several kernels."""
-    reached = 0.8 * bandwidth
-    return Device(name, flops, reached, 5e-6, transcendental, packed=reached / 10)
+    """A GPU by its datasheet."""
+    return Device(name, flops, 0.8 * bandwidth, 5e-6, transcendental)
 
 
 # Dense tensor-core rates for 16-bit (fp32 through TF32 is about half); a training step reaches 50 to 60% of either.

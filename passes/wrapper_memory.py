@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -215,6 +216,8 @@ _GLOBALS: dict[str, Any] = {
 }
 # Roots of the names that stand for ATen operations.
 _OPERATIONS = {"torch", "aten", "inductor_ops", "_quantized", "extern_kernels"}
+# Of sizes: the parts of a buffer in which a kernel leaves partial sums.
+_ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
 # Device bookkeeping, never executed here.
 _IGNORED_CALLS = ("torch.cuda.", "torch.xpu.", "torch._C._cuda", "run_intermediate_hooks")
 
@@ -309,6 +312,10 @@ class _Replay:
                 return [self._value(e) for e in elements]
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return -self._value(operand)
+            case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _ARITHMETIC:
+                return _ARITHMETIC[type(sign)](self._value(left), self._value(right))
+            case ast.Slice(lower=lower, upper=upper, step=None):
+                return slice(*(None if end is None else self._value(end) for end in (lower, upper)))
             case ast.Subscript(value=value, slice=index):
                 return self._value(value)[self._value(index)]
             case ast.Attribute(value=value, attr=name):
