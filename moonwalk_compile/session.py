@@ -118,6 +118,9 @@ class Session:
         self.planner, plain = planner, planner.plain
         try:
             planned = self._settle(planner, plain)
+        except ProfileUnknown as error:
+            self._leave_inductor(error)
+            return Session.partition(self, joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
         except NoPlan as error:
             raise OptionError(
                 "The strategies cannot train this model",
@@ -348,11 +351,7 @@ class Session:
         assert self.analysis is not None
         started = time.perf_counter()
         aim = Aim(limit, CUTS if self.cornered else 0)
-        try:
-            lowered = [self.lowerer.halves(planned.schedule, self.analysis.held, aim)]
-        except ProfileUnknown as error:
-            self._leave_inductor(error)
-            lowered = [self.lowerer.halves(planned.schedule, self.analysis.held, aim)]
+        lowered = [self.lowerer.halves(planned.schedule, self.analysis.held, aim)]
         if self.cornered and _peak(lowered[0]) > limit and self.lowerer.channels_last:
             aim = replace(aim, channels_last=False)
             lowered.append(self.lowerer.halves(planned.schedule, self.analysis.held, aim))
@@ -361,13 +360,13 @@ class Session:
         return _peak((self.forward, self.backward)) or planned.peak
 
     def _leave_inductor(self, reason: ProfileUnknown) -> None:
-        """A budget cannot be kept with code whose memory nobody can tell."""
+        """A budget cannot be kept with code whose memory nobody can tell: plan again without it."""
         warnings.warn(
             f"moonwalk: the memory of the code that Inductor generated is not known ({reason}): this step runs under "
             'lowering="eager"',
             stacklevel=2,
         )
-        self.lowerer.lowering = "eager"
+        self.options = replace(self.options, lowering="eager")
 
 
 def _peak(halves: tuple[Half, Half]) -> int:

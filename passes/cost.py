@@ -13,16 +13,18 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
-from ._torch_compat import disable_current_modes, tree_map
+from ._torch_compat import disable_current_modes, tree_flatten, tree_map
 from .bits import pack_bits, pack_signs, unpack_signs, unpack_two
 from .graph import Edge, Operation
+from .trials import Like
 
 
 @dataclass(frozen=True)
 class Device:
     """Peak rates: floating-point operations and bytes per second, and seconds of overhead per call.
 
-    A `clock` says what an operation was measured to take; what it does not know counts by the rates. `fused` says that
+    On a GPU `flops` is of numbers of 16 bits; `wider` are the rates for 32 bits in TF32, for 32 bits, and for 64. A
+    `clock` says what an operation was measured to take; what it does not know counts by the rates. `fused` says that
     pointwise operations are fused (see `fusion`), and `as_captured` that convolutions then get their gradients from
     images as they were captured, not from images laid out channels last. Elements that are packed into bits and
     unpacked have rates of their own.
@@ -36,6 +38,7 @@ class Device:
     random: float = 5e11  # random numbers drawn per second
     packed: float = math.inf  # elements per second
     unpacked: float = math.inf
+    wider: tuple[float, float, float] | None = None
     datasheet: bool = True
     fused: bool = False
     as_captured: bool = False
@@ -47,19 +50,21 @@ class Device:
         return replace(self, as_captured=True)
 
 
-def _card(name: str, flops: float, bandwidth: float, transcendental: float) -> Device:
+def _card(
+    name: str, flops: float, wider: tuple[float, float, float], bandwidth: float, transcendental: float
+) -> Device:
     """A GPU by its datasheet."""
-    return Device(name, flops, 0.8 * bandwidth, 5e-6, transcendental)
+    return Device(name, flops, 0.8 * bandwidth, 5e-6, transcendental, wider=wider)
 
 
-# Dense tensor-core rates for 16-bit (fp32 through TF32 is about half); a training step reaches 50 to 60% of either.
+# Of the dense rates of datasheets a training step reaches 40 to 60% in 16 bits and in TF32, and about 80% otherwise.
 DEVICES: dict[str, Device] = {
-    "h200": _card("h200", 400e12, 4.8e12, 5e12),
-    "h100": _card("h100", 400e12, 3.35e12, 5e12),
-    "a100": _card("a100", 160e12, 2.0e12, 3e12),
-    "l4": _card("l4", 60e12, 0.3e12, 1e12),
-    "rtx4090": _card("rtx4090", 80e12, 1.0e12, 2e12),
-    "cuda": _card("cuda", 160e12, 2.0e12, 3e12),
+    "h200": _card("h200", 400e12, (200e12, 50e12, 50e12), 4.8e12, 5e12),
+    "h100": _card("h100", 400e12, (200e12, 50e12, 50e12), 3.35e12, 5e12),
+    "a100": _card("a100", 160e12, (80e12, 15e12, 15e12), 2.0e12, 3e12),
+    "l4": _card("l4", 60e12, (30e12, 20e12, 0.4e12), 0.3e12, 1e12),
+    "rtx4090": _card("rtx4090", 80e12, (40e12, 60e12, 1e12), 1.0e12, 2e12),
+    "cuda": _card("cuda", 160e12, (80e12, 15e12, 15e12), 2.0e12, 3e12),
     "cpu": Device("cpu", 1e11, 1e10, 5e-6, 5e8, 2e8, packed=4e9, unpacked=2e9),
 }
 
@@ -89,6 +94,9 @@ SOLVERS = {
     "linalg_solve_ex": 1.0,
     "linalg_cholesky_ex": 0.33,
 }
+
+# On a GPU these go over memory many times, and wait for it to know how many elements are marked.
+PASSES = dict.fromkeys(("take_marked", "put_marked"), 15)
 
 # Operators that make several calls, and how many they stand for.
 LOOPS: dict[str, Callable[[Sequence[Any]], int]] = {
@@ -165,12 +173,40 @@ def operation_seconds(operation: Operation, device: Device) -> float:
         return measured
     name = base_name(operation.target)
     rounds = _rounds(operation)
-    arithmetic = operation.flops / device.flops
-    memory = rounds * operation.moved / device.bandwidth
+    arithmetic = operation.flops / product_rate(operation, device) + _row_seconds(operation, device)
+    memory = rounds * operation.moved / device.bandwidth * (PASSES.get(name, 1) if device.wider else 1)
     elements = sum(operation.new) / 4
     special = elements * SPECIAL.get(name, 0.0) / device.transcendental
     drawn = elements / device.random if name in RANDOM else 0.0
     return rounds * device.overhead + max(arithmetic, memory, special, drawn, _bit_seconds(operation, device))
+
+
+def product_rate(operation: Operation, device: Device) -> float:
+    """Floating-point operations per second, by the type of the first operand."""
+    if device.wider is None or operation.call is None or not operation.flops:
+        return device.flops
+    in_tf32, single, double = device.wider
+    match next((item.dtype for item in tree_flatten(operation.call[1:])[0] if isinstance(item, Like)), None):
+        case torch.float64:
+            return double
+        case torch.float32:
+            return max(in_tf32, single) if _uses_tf32(operation) else single
+    return device.flops
+
+
+def _uses_tf32(operation: Operation) -> bool:
+    """By the switches of this process; those of cuDNN and of cuBLAS differ by default."""
+    if "convolution" in base_name(operation.target):
+        return bool(torch.backends.cudnn.allow_tf32)
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def _row_seconds(operation: Operation, device: Device) -> float:
+    """A GPU eliminates one row after another, half a call's overhead each."""
+    if device.wider is None or base_name(operation.target) not in SOLVERS or operation.call is None:
+        return 0.0
+    matrix = next(item for item in tree_flatten(operation.call[1:])[0] if isinstance(item, Like))
+    return matrix.size[-1] * device.overhead / 2
 
 
 def _bit_seconds(operation: Operation, device: Device) -> float:

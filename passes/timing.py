@@ -32,6 +32,7 @@ from .trials import Like, made_up, may_be_tried
 
 SPENT_S = 0.05  # on one call, after a first run that does not count
 MOST_RUNS = 7
+IN_A_ROW_S, MOST_IN_A_ROW = 2e-3, 50  # runs between two looks at a device that works on its own
 WORTH_TIMING = 1e7  # floating-point operations; what takes less is mostly the call's overhead
 OURS = ("aten", "prims", "moonwalk_compile")  # others may do more than compute
 
@@ -149,10 +150,22 @@ def _measured(call: Call, device: torch.device, threads: int) -> float | None:
             run: Callable[[], Any] = lambda: call[0](*args, **kwargs)  # noqa: E731
             timed(run, device)
             first = timed(run, device)
-            runs = [timed(run, device) for _ in range(min(MOST_RUNS, int(SPENT_S / max(first, 1e-6))))]
+            count = 1 if device.type == "cpu" else max(1, min(MOST_IN_A_ROW, int(IN_A_ROW_S / max(first, 1e-6))))
+            more = min(MOST_RUNS, int(SPENT_S / max(count * first, 1e-6)))
+            runs = [timed(in_a_row(run, count), device) / count for _ in range(more)]
         except (RuntimeError, ValueError, TypeError, IndexError):
             return None
-    return statistics.median([first, *runs])
+    return statistics.median(runs or [first])
+
+
+def in_a_row(run: Callable[[], Any], count: int) -> Callable[[], None]:
+    """A device is waited for once: what it takes to reach it is not what an operation takes within a step."""
+
+    def several() -> None:
+        for _ in range(count):
+            run()
+
+    return several
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:

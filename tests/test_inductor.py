@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
+from moonwalk_compile import moonwalk_compile
+from moonwalk_compile.passes import inductor
 from moonwalk_compile.passes.inductor import Lowered, MemoryEvent, OutputStorage, ProfileUnknown, lower, peak
 from moonwalk_compile.passes.workspace import measured_workspace
 from moonwalk_compile.passes.wrapper_memory import replay
@@ -263,6 +266,37 @@ def test_an_unknown_statement_is_an_error(line: str) -> None:
     source = f"def call(args):\n    arg0_1, = args\n    args.clear()\n    {line}\n    return (arg0_1, )\n"
     with pytest.raises(ProfileUnknown):
         replay(source, [torch.ones(4)], {})
+
+
+def test_partial_sums_in_parts_of_a_buffer() -> None:
+    """As kernels on a GPU leave those of a weight's gradient."""
+    lines = (
+        "workspace_0 = empty_strided_cpu((64, ), (1, ), torch.float32)",
+        "buf0 = workspace_0[(1) * (2) * (16) : (1 + 1) * (2) * (16)].view(2, 16).sum(dim=0).to(torch.bfloat16)",
+        "del workspace_0",
+        "return (buf0, )",
+    )
+    source = "\n    ".join(["def call(args):", "arg0_1, = args", "args.clear()", *lines]) + "\n"
+    events, outputs = replay(source, [torch.ones(4)], {})
+    assert [event.bytes for event in events if event.argument is None] == [256, 64, 32, -64, -256]
+    assert outputs[0].bytes == 32
+
+
+def test_where_generated_code_is_not_understood_the_step_runs_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: Any) -> Any:
+        raise ProfileUnknown("statement not understood: new")
+
+    monkeypatch.setattr(inductor, "replay", unknown)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = Mlp(), torch.randn(32, 64)
+    ours = moonwalk_compile(copy.deepcopy(model), budget="110%")
+    with pytest.warns(UserWarning, match="Inductor generated is not known .statement not understood: new.: this step"):
+        ours(x).square().sum().backward()
+    model(x).square().sum().backward()
+    pairs = zip(ours.parameters(), model.parameters(), strict=True)
+    assert all(mine.grad.equal(theirs.grad) for mine, theirs in pairs)
+    assert ours.plan.peak_bytes <= ours.plan.budget_bytes
 
 
 def test_peak_counts_arguments_until_they_are_dropped() -> None:

@@ -19,6 +19,11 @@ def drawn(shape: list[int], seed: int) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
 
 
+def test_levels_are_exact_in_double_precision() -> None:
+    found = unpack_two(pack_bits(torch.tensor([True, False])), [2], 0.1, 0.7, torch.float64)
+    assert found.tolist() == [0.1, 0.7]
+
+
 @quick
 @given(shapes, st.integers(0, 1000), st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.bool]))
 def test_round_trip(shape: list[int], seed: int, dtype: torch.dtype) -> None:

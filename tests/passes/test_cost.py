@@ -12,6 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from moonwalk_compile.passes.cost import DEVICES, count_flops, operation_seconds
 from moonwalk_compile.passes.graph import Operation, Ref
+from moonwalk_compile.passes.trials import frozen_call
 
 aten = torch.ops.aten
 
@@ -51,3 +52,31 @@ def test_bits_have_rates_of_their_own() -> None:
     pack = Operation(ours.pack_bits.default, (Ref(0),), new=(1000,), moved=9000)
     unpack = Operation(ours.unpack_two.default, (Ref(0), [8000], 1.0, 0.0, torch.bool), new=(8000,), moved=9000)
     assert [operation_seconds(operation, device) for operation in (pack, unpack)] == [8.0, 4.0]
+
+
+def product(dtype: torch.dtype, target: object = aten.mm.default, flops: float = 1e12) -> Operation:
+    operands = (torch.empty(8, 8, dtype=dtype, device="meta"),) * 2
+    return Operation(target, (), new=(4,), flops=flops, moved=4, call=(target, *frozen_call(operands, {})))
+
+
+def test_a_gpu_multiplies_wider_numbers_more_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the switches for TF32, which are off for products and on for convolutions where nobody touches them."""
+    card, cpu = DEVICES["h200"], DEVICES["cpu"]
+    half, single, double = (
+        operation_seconds(product(dtype), card) for dtype in (torch.bfloat16, torch.float32, torch.float64)
+    )
+    assert half < single / 4 and single == double
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert half < operation_seconds(product(torch.float32), card) < single / 2
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    convolved = product(torch.float32, aten.convolution.default)
+    assert half < operation_seconds(convolved, card) < single / 2
+    assert operation_seconds(product(torch.float64), cpu) == operation_seconds(product(torch.float32), cpu)
+
+
+def test_a_gpu_eliminates_row_after_row() -> None:
+    matrix = torch.empty(768, 768, dtype=torch.float64, device="meta")
+    target = torch.ops.moonwalk_compile.inverse.default
+    solved = Operation(target, (), new=(768**2 * 8,), flops=16 * 768**3, call=(target, *frozen_call((matrix,), {})))
+    assert 1.5e-3 < operation_seconds(solved, DEVICES["h200"]) < 4e-3

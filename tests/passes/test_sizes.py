@@ -1,0 +1,56 @@
+"""What allocators take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moonwalk_compile.passes import sizes
+from moonwalk_compile.passes.sizes import allocated, storage_bytes
+
+MIB = 1 << 20
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def usual_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes, "expandable", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"),
+    [
+        (0, 0),
+        (1, 512),
+        (512, 512),
+        (MIB - 1, MIB),
+        (MIB + 512, MIB + 512 + (20 * MIB - 19 * (MIB + 512)) // 19),  # 19 in a segment, which they fill
+        (6 * MIB, 6 * MIB),  # three leave two mebibytes, which are split off
+        (10 * MIB, 10 * MIB),
+        (11 * MIB + 1, 12 * MIB),
+        (11 * MIB - 512, 11 * MIB - 512),  # more than a mebibyte is left
+    ],
+)
+def test_what_is_asked_for_and_taken(asked: int, taken: int) -> None:
+    assert allocated(asked, CUDA) == taken
+    assert allocated(asked, torch.device("cpu")) == asked
+
+
+def test_segments_that_grow_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes, "expandable", lambda: True)
+    assert allocated(11 * MIB + 1, CUDA) == 11 * MIB + 512
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_settings_are_read(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    sizes.expandable.cache_clear()
+    monkeypatch.setenv(variable, "backend:native, expandable_segments: True")
+    assert sizes.expandable()
+    sizes.expandable.cache_clear()
+
+
+def test_storages() -> None:
+    whole = torch.empty(3, 100)
+    assert storage_bytes(whole) == storage_bytes(whole[1]) == 1200
+    assert storage_bytes(7) == 0
