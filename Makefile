@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-slow lint format bench clean
+.PHONY: venv demo test test-slow test-gpu lint format bench clean
 
 venv: $(STAMP)
 
@@ -25,6 +25,10 @@ test: venv
 
 test-slow: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
+
+test-gpu:  # in an environment of your own, with torch for CUDA
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/test_gpu.py
+	OMP_NUM_THREADS=1 MOONWALK_TEST_DEVICE=cuda $(PYTHON) -m pytest -q tests/test_never_wrong.py
 
 lint: venv
 	$(BIN)/ruff check .
