@@ -33,8 +33,8 @@ from .trials import Like, made_up, may_be_tried
 SPENT_S = 0.05  # on one call, after a first run that does not count
 MOST_RUNS = 7
 IN_A_ROW_S, MOST_IN_A_ROW = 2e-3, 50  # runs between two looks at a device that works on its own
-# Floating-point operations. What takes less is mostly the call's overhead, and that would decide about memory: of the ways
-# through a block's spine one is chosen, and bytes that wait for the sweep have a fixed price in seconds.
+# Floating-point operations. What takes less is mostly the call's overhead, and that would decide about memory: of the
+# ways through a block's spine one is chosen, and bytes that wait for the sweep have a fixed price in seconds.
 WORTH_TIMING = 1e7
 OURS = ("aten", "prims", "moonwalk_compile")  # others may do more than compute
 
