@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .passes._torch_compat import is_retained
+from .passes._torch_compat import TANGENTS_ARE_FREED, is_retained
 from .passes.lower import Boxed, as_boxed
 from .passes.sizes import storage_bytes
 from .passes.workspace import ProfilerBusy, watched
@@ -56,7 +56,7 @@ class StepMeter:
             inputs = [value for value in arguments if address(value) in self.inputs]
             tangents = arguments[len(arguments) - self.tangents :]
             if self.device.type == "cpu":
-                result, peak, _ = self._watch(lambda: run(with_copies(arguments, self.tangents)))
+                result, peak, _ = self._watch(lambda: self._on_copies(run, arguments))
             else:
                 peak = sum({address(value): storage_bytes(value) for value in tangents}.values())
                 del tangents[:], inputs[:]
@@ -70,6 +70,13 @@ class StepMeter:
             return result
 
         return as_boxed(call)
+
+    def _on_copies(self, run: Boxed, arguments: list[Any]) -> Sequence[Any]:
+        moved = with_copies(arguments, self.tangents)
+        held = [] if TANGENTS_ARE_FREED else moved[len(moved) - self.tangents :]
+        result = run(moved)
+        del held
+        return result
 
     def _watch(self, run: Callable[[], Sequence[Any]]) -> tuple[Sequence[Any], int, int]:
         """Where the user's own profiler runs, nothing is measured."""
