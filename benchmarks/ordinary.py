@@ -3,7 +3,7 @@
     python benchmarks/ordinary.py [--model 'gpt*']... [--lowering eager|inductor] [--scale full|small] [--json FILE]
     python benchmarks/ordinary.py --device cuda --scale large ...
 
-Each model runs in a process of its own. Exit status 1 if a demanded figure was not reached (at full scale).
+Each model runs in a process of its own. Exit status 1 if a demanded figure was not reached (not at small scale).
 """
 
 from __future__ import annotations

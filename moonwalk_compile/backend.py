@@ -53,9 +53,19 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Compile `gm` for training; a graph without gradients is compiled as it is."""
     inputs = [specialised(value) for value in example_inputs]
-    if not needs_gradient(inputs):
-        return compile_inference(gm, inputs, options)
-    return CompiledStep(gm, inputs, options, on_plan)
+    if needs_gradient(inputs):
+        return CompiledStep(gm, inputs, options, on_plan)
+    inference = compile_inference(gm, inputs, options)
+    trained: list[CompiledStep] = []
+
+    def call(*arguments: Any) -> Any:
+        if not needs_gradient(arguments):
+            return inference(*arguments)
+        if not trained:  # a parameter was frozen, and Dynamo (torch 2.11) does not look again
+            trained.append(CompiledStep(gm, [specialised(value) for value in arguments], options, on_plan))
+        return trained[0](*arguments)
+
+    return call
 
 
 def specialised(value: Any) -> Any:
@@ -84,10 +94,10 @@ def device_of(inputs: Sequence[Any]) -> Device:
 
 def run_autograd(session: Session, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """AOTAutograd with our partitioner and the halves that it lowered."""
-    options = session.options
 
     def inference(module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        return boxed_eager(module) if options.lowering == "eager" else lower(module, is_backward=False).call
+        eager = session.options.lowering == "eager"
+        return boxed_eager(module) if eager else lower(module, is_backward=False).call
 
     compiler = dynamo_aot_autograd(
         fw_compiler=session.compile_forward,
@@ -135,6 +145,9 @@ class CompiledStep:
         self.anchor: Anchor | None = None
         self.warned = False
         self.inputs = [place for place, value in enumerate(inputs) if role_of(value) == "input"]
+        self.parameters = [place for place, value in enumerate(inputs) if role_of(value) == "parameter"]
+        self.trained = self._trained(inputs)
+        self.siblings: dict[tuple[bool, ...], Callable[..., Any]] = {}
         self.current: Callable[..., Any] | None = self._compile(inputs)
         if self._shared(inputs):
             self.current = None  # it holds for nothing else
@@ -150,6 +163,7 @@ class CompiledStep:
             if is_real(inputs) and session.inverts:
                 self.anchor = Anchor(inputs, session.places("parameter"), session.places("input"))
         session.example_inputs = None  # nothing may outlive the step because of us
+        self.options = replace(self.options, lowering=session.options.lowering)
         self.session, self.written = session, session.written.intersection(self.inputs)
         if session.plan is not None:
             self._publish(session.plan)
@@ -159,7 +173,20 @@ class CompiledStep:
         given = (self.options, self.device, inputs)
         return Session(*given, certificates=certificates, margin=margin, on_measured=self._measured)
 
+    def _trained(self, arguments: Sequence[Any]) -> tuple[bool, ...]:
+        return tuple(arguments[place].requires_grad for place in self.parameters)
+
+    def _sibling(self, trained: tuple[bool, ...], arguments: Sequence[Any]) -> Callable[..., Any]:
+        """The same graph with other parameters frozen, which Dynamo (torch 2.11) takes for this one."""
+        if trained not in self.siblings:
+            with disable_current_modes():
+                self.siblings[trained] = compile_graph(self.gm, arguments, self.options, self.on_plan)
+        return self.siblings[trained]
+
     def __call__(self, *arguments: Any) -> Any:
+        trained = self._trained(arguments)
+        if trained != self.trained:
+            return self._sibling(trained, arguments)(*arguments)
         if self._shared(arguments):
             return self._run_plain(arguments)
         if self.current is None:

@@ -119,6 +119,8 @@ class Session:
         try:
             planned = self._settle(planner, plain)
         except ProfileUnknown as error:
+            if clock is not None:
+                clock.save()
             self._leave_inductor(error)
             return Session.partition(self, joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
         except NoPlan as error:
@@ -360,7 +362,7 @@ class Session:
         return _peak((self.forward, self.backward)) or planned.peak
 
     def _leave_inductor(self, reason: ProfileUnknown) -> None:
-        """A budget cannot be kept with code whose memory nobody can tell: plan again without it."""
+        """Of code whose memory nobody can tell no peak can be promised: plan again without it."""
         warnings.warn(
             f"moonwalk: the memory of the code that Inductor generated is not known ({reason}): this step runs under "
             'lowering="eager"',

@@ -42,7 +42,7 @@ NOT_ON_FAKE_TENSORS = (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
-# Before torch 2.13 (or 2.12) the engine holds what it passes to a backward pass until that returns.
+# Without this (torch 2.11; 2.13 has it) the engine holds what it passes to a backward pass until that returns.
 TANGENTS_ARE_FREED = hasattr(torch.autograd.Function, "boxed_grads_call")
 _frames = itertools.count()
 

@@ -19,7 +19,7 @@ from .graph import Edge, Graph, Stage, Value
 from .inverse import CONTRACTION, inverse_edges, make_call, packing_of_reader, packing_of_value
 from .inverse.constants import Constants
 from .inverse.rule import Packing
-from .sizes import storage_bytes
+from .sizes import exact_bytes, storage_bytes
 from .statistics import TINY, with_statistics
 from .trace import trace_operations
 
@@ -103,7 +103,7 @@ class Analysis:
     @cached_property
     def held(self) -> tuple[int, ...]:
         """What stays alive through the whole backward pass: the outputs, which the user holds, and the gradient of a
-        scalar loss, which the autograd engine holds (before torch 2.13, any that it passes)."""
+        scalar loss, which the autograd engine holds (in torch 2.11, any that it passes)."""
         graph = self.graph
         held = (v for v in graph.tangents if not (TANGENTS_ARE_FREED and graph.values[v].shape))
         return (*graph.output_values, *held)
@@ -218,7 +218,7 @@ class _Packer:
     def copy_of_view(self, value: int, whole: Pack) -> Pack:
         """A view of an overwritten input: the same view of that input's copy, where the copy is laid out alike."""
         view, base, copied = self.capture.fake(value), self.capture.fake(whole.value), self.fakes[whole.kept]
-        alike = copied.stride() == base.stride() and storage_bytes(copied) == storage_bytes(base)
+        alike = copied.stride() == base.stride() and exact_bytes(copied) == exact_bytes(base)
         if not alike or view.dtype != base.dtype:
             return self.copy(value)
         place = (tuple(view.shape), view.stride(), view.storage_offset())

@@ -7,6 +7,7 @@ packing: a mask that Inductor writes on a CPU costs more than a matrix product.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from typing import Any
@@ -37,18 +38,23 @@ def _pack(source: Tensor, low: float = 0.0, high: float | None = None) -> Tensor
         return _pack_by_numpy(source.detach().reshape(-1), lambda values: [_mask(values, low, high)])
     kernels = _kernels(source.device)
     if kernels is not None and kernels.may_pack(source, low, high):
-        return kernels.pack(source.detach().reshape(-1), low, high)
+        return kernels.pack(source.detach(), low, high)
     return _pack_by_words(_mask(source, low, high).reshape(-1))
 
 
 @cache
 def _kernels(device: torch.device) -> Any:
-    """Those for this device, if there are any (Triton comes with torch for CUDA)."""
+    """Those for this device, if there are any (Triton comes with torch for CUDA) and they can be compiled."""
     if device.type != "cuda":
         return None
     try:
         from . import bits_triton
-    except ImportError:
+
+        bits_triton.unpack(bits_triton.pack(torch.ones(9, device=device), 0.0, None), [9], 1.0, 0.0, torch.float32)
+    except Exception as error:
+        warnings.warn(
+            f"moonwalk: bits are packed by torch, which is slower; Triton does not run: {error}", stacklevel=2
+        )
         return None
     return bits_triton
 

@@ -51,8 +51,9 @@ def _levels(low: float, high: float, dtype: torch.dtype, device: torch.device) -
     return found.view(torch.uint8) if dtype == torch.bool else found
 
 
-def pack(flat: Tensor, low: float, high: float | None) -> Tensor:
-    """Which elements of a contiguous tensor lie between `low` and `high`, or are True."""
+def pack(tensor: Tensor, low: float, high: float | None) -> Tensor:
+    """Which elements lie between `low` and `high`, or are True."""
+    flat = tensor.contiguous().view(-1)
     packed = flat.new_empty((flat.numel() + 7) // 8, dtype=torch.uint8)
     mask = flat.dtype == torch.bool
     source = flat.view(torch.uint8) if mask else flat

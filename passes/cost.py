@@ -57,7 +57,7 @@ def _card(
     return Device(name, flops, 0.8 * bandwidth, 5e-6, transcendental, wider=wider)
 
 
-# Of the dense rates of datasheets a training step reaches 40 to 60% in 16 bits and in TF32, and about 80% otherwise.
+# Of the dense rates of datasheets a training step reaches 40 to 60% in 16 bits and in TF32, and 65 to 85% otherwise.
 DEVICES: dict[str, Device] = {
     "h200": _card("h200", 400e12, (200e12, 50e12, 50e12), 4.8e12, 5e12),
     "h100": _card("h100", 400e12, (200e12, 50e12, 50e12), 3.35e12, 5e12),
@@ -197,8 +197,8 @@ def product_rate(operation: Operation, device: Device) -> float:
 def _uses_tf32(operation: Operation) -> bool:
     """By the switches of this process; those of cuDNN and of cuBLAS differ by default."""
     if "convolution" in base_name(operation.target):
-        return bool(torch.backends.cudnn.allow_tf32)
-    return torch.get_float32_matmul_precision() != "highest"
+        return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _row_seconds(operation: Operation, device: Device) -> float:

@@ -18,7 +18,9 @@ from .analysis import Analysis
 from .graph import Operation, Ref
 from .liveness import Timeline, simulate
 from .program import Instruction, Program
+from .sizes import exact_bytes
 from .solutions import Facts
+from .trials import Like
 
 # Elementwise, and not tagged so by torch.
 ELEMENTWISE = {"elu_backward", "hardsigmoid_backward", "hardtanh_backward", "leaky_relu_backward", "softplus_backward"}
@@ -98,7 +100,7 @@ def _places(
     values: dict[int, int],
 ) -> Iterator[int]:
     """The operands (slots of the operation) that the result of an instruction can be written over."""
-    operation, values_of = instruction.operation, analysis.graph.values
+    operation = instruction.operation
     writer = _writer(operation.target)
     if writer is None or instruction.value is None or len(operation.new) != 1:
         return
@@ -111,10 +113,16 @@ def _places(
         owner = owners[slot]
         if owner is None or used.count(owner) > 1 or last[owner] != position or slot not in values:
             continue
-        if values_of[values[slot]].bytes != operation.new[0]:
+        fake = analysis.fakes[values[slot]]
+        if analysis.graph.values[values[slot]].bytes != operation.new[0] or exact_bytes(fake) != _extent(fake):
             continue  # a piece of something larger
-        if _layout(analysis.fakes[values[slot]]) == _layout(analysis.fakes[instruction.value]):
+        if _layout(fake) == _layout(analysis.fakes[instruction.value]):
             yield local
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first to behind the last element."""
+    return Like(tuple(tensor.size()), tuple(tensor.stride()), tensor.dtype, tensor.device).bytes
 
 
 def _layout(tensor: torch.Tensor) -> tuple[object, ...]:

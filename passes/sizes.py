@@ -13,15 +13,21 @@ BLOCK, UNSPLIT, SEGMENT, LARGE, ROUNDED = 512, 1 << 20, 20 << 20, 10 << 20, 2 <<
 
 
 def storage_bytes(value: Any) -> int:
-    """Of a (fake) tensor's storage; zero for anything else, such as a symbolic integer."""
-    return allocated(int(value.untyped_storage().nbytes()), value.device) if isinstance(value, Tensor) else 0
+    """What a (fake) tensor's storage takes; zero for anything else, such as a symbolic integer."""
+    return allocated(exact_bytes(value), value.device) if isinstance(value, Tensor) else 0
+
+
+def exact_bytes(tensor: Tensor) -> int:
+    """What its storage holds: whether two are laid out alike is a question of these."""
+    return int(tensor.untyped_storage().nbytes())
 
 
 def allocated(size: int, place: device) -> int:
     """Bytes taken where `size` are asked for.
 
     A CUDA tensor of more than a mebibyte may get up to another one that the allocator does not split off. How much
-    depends on what was freed before; here it is what tensors of one size get in segments of their own.
+    depends on what was freed before; here it is what tensors of one size get in segments of their own. Of the
+    allocator's settings only segments that grow are looked at, and only in the environment.
     """
     if place.type != "cuda":
         return size

@@ -32,6 +32,7 @@ from .trials import Like, made_up, may_be_tried
 
 SPENT_S = 0.05  # on one call, after a first run that does not count
 MOST_RUNS = 7
+METHOD = 2  # raised where what is measured changes: earlier figures on disk are then not read
 IN_A_ROW_S, MOST_IN_A_ROW = 2e-3, 50  # runs between two looks at a device that works on its own
 # Floating-point operations. What takes less is mostly the call's overhead, and that would decide about memory: of the
 # ways through a block's spine one is chosen, and bytes that wait for the sweep have a fixed price in seconds.
@@ -96,7 +97,7 @@ class Clock:
 
     def _path(self, folder: Path) -> Path:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-        text = f"{name} {torch.get_num_threads()} {torch.__version__}"
+        text = f"{name} {torch.get_num_threads()} {torch.__version__} {METHOD}"
         return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 

@@ -75,6 +75,8 @@ def _with_states(target: Any, given: dict[str, Any]) -> dict[str, Any]:
     names = [result.name for result in forward._schema.returns]
     left = dict(zip(names, forward(**needs), strict=True))
     states = {ours: left[theirs] for ours, both in STATES.items() for theirs in both if theirs in left}
+    if not STATES.keys() <= states.keys():
+        raise ValueError(f"the forward pass of {target} leaves no random state")
     return {**given, **states}
 
 

@@ -245,6 +245,14 @@ class _Replay:
                 self.ledger.hold(argument)  # the list holds it until it is cleared
 
     def run(self) -> tuple[list[MemoryEvent], tuple[OutputStorage, ...]]:
+        try:
+            return self._run_body()
+        except ProfileUnknown:
+            raise
+        except Exception as error:
+            raise ProfileUnknown(f"the generated wrapper is not understood: {error!r}") from error
+
+    def _run_body(self) -> tuple[list[MemoryEvent], tuple[OutputStorage, ...]]:
         returned = self._block(self.body)
         if returned is None:
             raise ProfileUnknown("the generated wrapper does not return")
@@ -313,7 +321,9 @@ class _Replay:
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return -self._value(operand)
             case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _ARITHMETIC:
-                return _ARITHMETIC[type(sign)](self._value(left), self._value(right))
+                numbers = self._value(left), self._value(right)
+                if all(isinstance(number, int) for number in numbers):
+                    return _ARITHMETIC[type(sign)](*numbers)
             case ast.Slice(lower=lower, upper=upper, step=None):
                 return slice(*(None if end is None else self._value(end) for end in (lower, upper)))
             case ast.Subscript(value=value, slice=index):

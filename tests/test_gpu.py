@@ -17,6 +17,7 @@ from moonwalk_compile.api import planned_session
 from moonwalk_compile.bench import bench_model, scalar_loss
 from moonwalk_compile.measure import compare_steps, measure_step
 from moonwalk_compile.options import Options, parse_bytes
+from moonwalk_compile.passes import timing
 from moonwalk_compile.passes.bits import pack_bits, pack_signs, unpack_two
 
 pytestmark = [
@@ -131,6 +132,9 @@ def test_bits_are_those_of_a_cpu(count: int, dtype: torch.dtype) -> None:
             values = unpack_two(packed, [count], one, other, torch.float64)
             assert values.cpu().equal(unpack_two(packed.cpu(), [count], one, other, torch.float64))
     assert pack_signs(source).cpu().equal(pack_signs(source.cpu()))
+    wide = source.expand(3, count).t()
+    for view in (source[::2], wide, wide[:, :1]):
+        assert pack_bits(view).cpu().equal(pack_bits(view.cpu()))
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
@@ -138,7 +142,12 @@ def test_times_are_measured_on_the_device(lowering: str, tmp_path: Any, monkeypa
     monkeypatch.setenv("MOONWALK_CACHE_DIR", str(tmp_path))
     model, inputs = to_gpu(*ordinary.build("gpt2", "full"))
     session = planned_session(model, inputs, Options(parse_bytes("50%"), lowering=lowering, profile="measure"))
-    assert list(tmp_path.iterdir()) and session.plan.time_s > 0
+    (path,) = tmp_path.iterdir()
+    known = timing.read(path)
+    assert len(known) > 30 and all(seconds > 0 for seconds in known.values())
+    graph = session.analysis.graph
+    attention = [o for e in graph.edges for o in e.operations if "attention_backward" in str(o.target)]
+    assert attention and all(session.device.clock(operation, False) for operation in attention)
 
 
 def test_bench_on_the_device() -> None:

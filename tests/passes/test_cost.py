@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -59,19 +60,22 @@ def product(dtype: torch.dtype, target: object = aten.mm.default, flops: float =
     return Operation(target, (), new=(4,), flops=flops, moved=4, call=(target, *frozen_call(operands, {})))
 
 
-def test_a_gpu_multiplies_wider_numbers_more_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of", [torch.backends.cuda.matmul, torch.backends.cudnn.conv])
+def test_a_gpu_multiplies_wider_numbers_more_slowly(of: Any) -> None:
     """By the switches for TF32, which are off for products and on for convolutions where nobody touches them."""
     card, cpu = DEVICES["h200"], DEVICES["cpu"]
-    half, single, double = (
-        operation_seconds(product(dtype), card) for dtype in (torch.bfloat16, torch.float32, torch.float64)
-    )
-    assert half < single / 4 and single == double
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert half < operation_seconds(product(torch.float32), card) < single / 2
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    convolved = product(torch.float32, aten.convolution.default)
-    assert half < operation_seconds(convolved, card) < single / 2
+    target = aten.mm.default if of is torch.backends.cuda.matmul else aten.convolution.default
+    before = of.fp32_precision
+    try:
+        seconds = {}
+        for switch in ("ieee", "tf32"):
+            of.fp32_precision = switch
+            types = (torch.bfloat16, torch.float32, torch.float64)
+            seconds[switch] = [operation_seconds(product(dtype, target), card) for dtype in types]
+    finally:
+        of.fp32_precision = before
+    (half, single, double), (same, in_tf32, _) = seconds["ieee"], seconds["tf32"]
+    assert half == same < in_tf32 < single / 2 and single == double
     assert operation_seconds(product(torch.float64), cpu) == operation_seconds(product(torch.float32), cpu)
 
 
