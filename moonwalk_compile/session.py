@@ -30,6 +30,7 @@ from .passes.inverse.constants import Constants, computed, is_candidate
 from .passes.lower import Aim, Boxed, Half, Lowerer, as_boxed
 from .passes.plan import NoPlan, Planned, Planner
 from .passes.rewrite import to_halves
+from .passes.sizes import promised
 from .passes.solutions import Facts
 from .passes.timing import Clock, cache_folder
 from .passes.verify import verify, verify_certified
@@ -322,9 +323,14 @@ class Session:
             if settled is not None and (attempt >= MORE or less >= most):
                 break
         if settled is None:
-            raise BudgetError(int(limit), peak, pinned_tensors(planner, planned))
+            smallest = max((promised(peak, place) for place in self._places()), default=peak)
+            raise BudgetError(int(limit), smallest, pinned_tensors(planner, planned))
         planned, self.forward, self.backward = settled
         return planned
+
+    def _places(self) -> set[torch.device]:
+        assert self.analysis is not None
+        return {fake.device for fake in self.analysis.fakes.values() if isinstance(fake, Tensor)}
 
     def _leaves_room(self, peak: int, limit: float) -> bool:
         """Whether generated code needs so much less than was simulated that another plan may use it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from functools import cache
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, device
 
 # Of torch's caching allocator for CUDA: what it rounds up to, what it does not split off, and its segments.
 BLOCK, UNSPLIT, SEGMENT, LARGE, ROUNDED = 512, 1 << 20, 20 << 20, 10 << 20, 2 << 20
+LEFT = 0.01  # part of a peak by which what is left unsplit was seen to exceed its prediction
 
 
 def storage_bytes(value: Any) -> int:
@@ -40,6 +42,11 @@ def allocated(size: int, place: device) -> int:
         return taken + (rest // count if rest <= UNSPLIT else 0)
     whole = _rounded(taken, ROUNDED)
     return whole if whole - taken <= UNSPLIT else taken
+
+
+def promised(peak: int, place: device) -> int:
+    """A budget that a plan of this predicted peak keeps, whatever the allocator's state."""
+    return peak if place.type != "cuda" or expandable() else math.ceil(peak * (1 + LEFT))
 
 
 def _rounded(size: int, unit: int) -> int:

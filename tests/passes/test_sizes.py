@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moonwalk_compile.passes import sizes
-from moonwalk_compile.passes.sizes import allocated, storage_bytes
+from moonwalk_compile.passes.sizes import allocated, promised, storage_bytes
 
 MIB = 1 << 20
 CUDA = torch.device("cuda")
@@ -37,8 +37,9 @@ def test_what_is_asked_for_and_taken(asked: int, taken: int) -> None:
 
 
 def test_segments_that_grow_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert promised(1000, CUDA) == 1010 and promised(1000, torch.device("cpu")) == 1000
     monkeypatch.setattr(sizes, "expandable", lambda: True)
-    assert allocated(11 * MIB + 1, CUDA) == 11 * MIB + 512
+    assert allocated(11 * MIB + 1, CUDA) == 11 * MIB + 512 and promised(1000, CUDA) == 1000
 
 
 @pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
