@@ -400,9 +400,9 @@ def pairs() -> Iterator[Any]:
 @pytest.mark.parametrize(("case", "plan"), list(pairs()))
 def test_step(case: str, plan: str):
     model, arguments = CASES[case]()
-    normalised = case in ("batch norm", "convolutions")
+    steps = 3 if case in ("batch norm", "convolutions") else 2
     bitwise = DEVICE == "cpu" or case != "convolutions"  # uncompiled, cuDNN would normalise the images
-    check(model, arguments, PLANS[plan], steps=3 if normalised else 2, bitwise=bitwise)
+    check(model, arguments, PLANS[plan], steps=steps, bitwise=bitwise)
 
 
 KEEP_AND_CHECKPOINT = {"strategies": ("keep", "checkpoint")}
@@ -620,6 +620,7 @@ def test_other_batch_sizes(plan: str):
         assert_same(step(ours, (floats(size, 6),), seed), step(model, (floats(size, 6),), seed), bitwise=exact(ours))
         peaks.setdefault(size, ours.plan.peak_bytes)
     assert peaks[33] > peaks[12] >= peaks[6] >= peaks[2]
+    assert DEVICE != "cpu" or peaks[12] > peaks[6] > peaks[2]  # a GPU's allocator takes the same for some
 
 
 def test_eval_and_no_grad_between_steps():
