@@ -52,20 +52,33 @@ def compile_graph(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, on_plan: OnPlan | None = None
 ) -> Callable[..., Any]:
     """Compile `gm` for training; a graph without gradients is compiled as it is."""
-    inputs = [specialised(value) for value in example_inputs]
-    if needs_gradient(inputs):
-        return CompiledStep(gm, inputs, options, on_plan)
-    inference = compile_inference(gm, inputs, options)
-    trained: list[CompiledStep] = []
 
-    def call(*arguments: Any) -> Any:
-        if not needs_gradient(arguments):
-            return inference(*arguments)
-        if not trained:  # a parameter was frozen, and Dynamo (torch 2.11) does not look again
-            trained.append(CompiledStep(gm, [specialised(value) for value in arguments], options, on_plan))
-        return trained[0](*arguments)
+    def compiled(inputs: Sequence[Any]) -> Callable[..., Any]:
+        if needs_gradient(inputs):
+            return CompiledStep(gm, inputs, options, on_plan)
+        return compile_inference(gm, inputs, options)
 
-    return call
+    return ByGradients(compiled, example_inputs)
+
+
+class ByGradients:
+    """A callable for each set of inputs that require gradients, each compiled when it is first met: the Dynamo of
+    torch 2.11 does not see that a parameter has been frozen, or is trained again."""
+
+    def __init__(self, compiler: Callable[[Sequence[Any]], Callable[..., Any]], example_inputs: Sequence[Any]) -> None:
+        self.compiler = compiler
+        inputs = [specialised(value) for value in example_inputs]
+        self.compiled = {self._key(inputs): compiler(inputs)}
+
+    def _key(self, arguments: Sequence[Any]) -> tuple[bool, ...]:
+        return tuple(isinstance(v, Tensor) and v.requires_grad for v in arguments) if torch.is_grad_enabled() else ()
+
+    def __call__(self, *arguments: Any) -> Any:
+        key = self._key(arguments)
+        if key not in self.compiled:
+            with disable_current_modes():
+                self.compiled[key] = self.compiler([specialised(value) for value in arguments])
+        return self.compiled[key](*arguments)
 
 
 def specialised(value: Any) -> Any:
@@ -145,9 +158,6 @@ class CompiledStep:
         self.anchor: Anchor | None = None
         self.warned = False
         self.inputs = [place for place, value in enumerate(inputs) if role_of(value) == "input"]
-        self.parameters = [place for place, value in enumerate(inputs) if role_of(value) == "parameter"]
-        self.trained = self._trained(inputs)
-        self.siblings: dict[tuple[bool, ...], Callable[..., Any]] = {}
         self.current: Callable[..., Any] | None = self._compile(inputs)
         if self._shared(inputs):
             self.current = None  # it holds for nothing else
@@ -173,34 +183,20 @@ class CompiledStep:
         given = (self.options, self.device, inputs)
         return Session(*given, certificates=certificates, margin=margin, on_measured=self._measured)
 
-    def _trained(self, arguments: Sequence[Any]) -> tuple[bool, ...]:
-        return tuple(arguments[place].requires_grad for place in self.parameters)
-
-    def _sibling(self, trained: tuple[bool, ...], arguments: Sequence[Any]) -> Callable[..., Any]:
-        """The same graph with other parameters frozen, which Dynamo (torch 2.11) takes for this one."""
-        if trained not in self.siblings:
-            with disable_current_modes():
-                self.siblings[trained] = compile_graph(self.gm, arguments, self.options, self.on_plan)
-        return self.siblings[trained]
-
     def __call__(self, *arguments: Any) -> Any:
-        trained = self._trained(arguments)
-        if trained != self.trained:
-            return self._sibling(trained, arguments)(*arguments)
         if self._shared(arguments):
             return self._run_plain(arguments)
         if self.current is None:
             with disable_current_modes():
                 self.current = self._compile(arguments)
-        if torch.is_grad_enabled():
-            self.steps += 1
-            if not all(trusted.holds(arguments[flat]) for flat, trusted in self.trusted.items()):
-                with disable_current_modes():
-                    self.current = self._compile(arguments)  # an index or a mask of the model has changed
-            if self.overshoot is not None:
-                self._correct(arguments)
-            elif self.session.inverts:
-                self._check(arguments)
+        self.steps += 1
+        if not all(trusted.holds(arguments[flat]) for flat, trusted in self.trusted.items()):
+            with disable_current_modes():
+                self.current = self._compile(arguments)  # an index or a mask of the model has changed
+        if self.overshoot is not None:
+            self._correct(arguments)
+        elif self.session.inverts:
+            self._check(arguments)
         return self.current(*arguments)
 
     def _shared(self, arguments: Sequence[Any]) -> bool:

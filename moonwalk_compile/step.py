@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from .api import TOO_MANY_SIZES, first_line, unwrap
-from .backend import CompiledStep, specialised
+from .backend import ByGradients, CompiledStep
 from .errors import CaptureError, MoonwalkError, OptionError, UsageError
 from .options import Options
 from .passes._torch_compat import FailOnRecompileLimitHit, TorchDynamoException, capturing, in_own_frame
@@ -94,7 +94,7 @@ class TrainingStep:
         self.plan: Plan | None = None
         self.graph_module: fx.GraphModule | None = None
         self._key: object = None
-        self._compiled: dict[tuple[bool, ...], Callable[..., Tensor]] = {}
+        self._compiled: Callable[..., Tensor] | None = None
 
     def __call__(self, *inputs: Any) -> Tensor:
         compiled = self._current()
@@ -120,23 +120,19 @@ class TrainingStep:
         return Updater(self.optimizer) if self.optimizer is not None and self.clip_norm is None else None
 
     def _current(self) -> Callable[..., Tensor]:
-        """What is compiled holds for these very parameters, and for what of them is frozen (which some releases of
-        Dynamo do not look at)."""
+        """What is compiled holds for these very parameters."""
         key = (tuple(map(id, self.model.parameters())), self.updater.key if self.updater else None)
-        if key != self._key:
+        if self._compiled is None or key != self._key:
             self.updater = self._new_updater()
-            self._key, self._compiled = key, {}
-        trained = tuple(parameter.requires_grad for parameter in self.model.parameters())
-        if trained not in self._compiled:
-            self._compiled[trained] = self._capture(lower=True)
-        return self._compiled[trained]
+            self._key, self._compiled = key, self._capture(lower=True)
+        return self._compiled
 
     def _capture(self, lower: bool) -> Callable[..., Tensor]:
         def loss_of(*inputs: Any) -> Tensor:
             return self._loss(*inputs).clone()  # in memory of its own: not a view of a parameter that is updated
 
         def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-            return _CompiledTraining(gm, [specialised(value) for value in example_inputs], self, lower)
+            return ByGradients(lambda inputs: _CompiledTraining(gm, inputs, self, lower), example_inputs)
 
         return in_own_frame(loss_of, backend, fullgraph=True)
 

@@ -1,6 +1,7 @@
 """The only importer of torch's private modules; everything here exists from torch 2.11 on."""
 
 import itertools
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import FunctionType
@@ -44,6 +45,7 @@ NOT_ON_FAKE_TENSORS = (
 )
 # Without this (torch 2.11; 2.13 has it) the engine holds what it passes to a backward pass until that returns.
 TANGENTS_ARE_FREED = hasattr(torch.autograd.Function, "boxed_grads_call")
+LOGGING = ("debug", "info", "warn", "error", "exception", "critical", "fatal", "log")
 _frames = itertools.count()
 
 
@@ -73,11 +75,17 @@ def in_own_frame(
 
 
 def capturing() -> AbstractContextManager[None]:
-    """Dynamo's limits, raised: each size of the inputs is compiled."""
+    """Each size of the inputs is compiled, and what writes to logs is left out of the graph instead of breaking it."""
+    silent = dynamo_config.ignore_logging_functions | _logging_methods()
     found: AbstractContextManager[None] = dynamo_config.patch(
-        recompile_limit=SIZES, accumulated_recompile_limit=4 * SIZES
+        recompile_limit=SIZES, accumulated_recompile_limit=4 * SIZES, ignore_logging_functions=silent
     )
     return found
+
+
+def _logging_methods() -> set[Callable[..., Any]]:
+    """Of all loggers: `warning` and its like, and what libraries add to them (`warning_once`)."""
+    return {method for name, method in vars(logging.Logger).items() if name.startswith(LOGGING) and callable(method)}
 
 
 def is_retained() -> bool:

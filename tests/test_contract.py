@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
+import logging
 import pickle
 import warnings
 from functools import partial
@@ -276,6 +278,34 @@ def test_with_a_budget_it_is_an_error():
             ours(torch.randn(4, 8))
     with pytest.raises(CaptureError):
         eager(Branches(), budget="60%", example_inputs=(torch.randn(4, 8),))
+
+
+logger = logging.getLogger("a library")
+
+
+class Logging(nn.Module):
+    """Writes to a log, as model libraries do, also by a method that they add to loggers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logger.warning("training on %d rows", len(x))
+        logger.warning_once("deprecated")  # type: ignore[attr-defined]
+        return torch.sin(self.linear(x))
+
+
+def test_logs_do_not_break_the_graph(monkeypatch: pytest.MonkeyPatch):
+    @functools.lru_cache
+    def warning_once(self: logging.Logger, *args: object) -> None:
+        self.warning(*args)
+
+    monkeypatch.setattr(logging.Logger, "warning_once", warning_once, raising=False)
+    model, x = Logging(), torch.randn(4, 8)
+    ours = eager(copy.deepcopy(model), budget="100%")
+    assert gradient_error(one_step(ours, x), one_step(model, x)) == 0
+    assert ours.plan is not None
 
 
 def test_the_users_own_errors_are_the_users():
