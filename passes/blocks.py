@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,10 +106,10 @@ def cut_positions(graph: Graph, chain: Sequence[Edge], live: Sequence[frozenset[
 def assign_backward(graph: Graph, forward_block: dict[int, int], count: int) -> dict[int, int]:
     """The block of every backward edge, by the index of the edge in the graph.
 
-    An edge belongs to the block of its forward operation (tied by `sequence`), but never to a later block than its
-    cotangents. The sum that accumulates a fan-out carries a sequence of its own: it goes where its last summand is.
-    A constant, made from no input or from its shape alone, carries the sequence of the operation before it: that says
-    nothing.
+    An edge belongs to the block of its forward operation (tied by `sequence`, or to the next one, as the number of an
+    operation in place is lost), but never to a later block than its cotangents. The sum that accumulates a fan-out
+    carries a sequence of its own: it goes where its last summand is. A constant, made from no input or from its shape
+    alone, carries the sequence of the operation before it: that says nothing.
     """
     by_sequence: dict[int, int] = {}
     constants: set[int] = set()
@@ -118,6 +119,7 @@ def assign_backward(graph: Graph, forward_block: dict[int, int], count: int) -> 
         elif edge.sequence is not None and edge.gives and edge.gives[0] in forward_block:
             block = forward_block[edge.gives[0]]
             by_sequence[edge.sequence] = max(block, by_sequence.get(edge.sequence, 0))
+    sequences = sorted(by_sequence)
     block_of: dict[int, int] = dict.fromkeys(graph.tangents, count - 1)
     assigned: dict[int, int] = {}
     for position, edge in enumerate(graph.edges):
@@ -126,8 +128,8 @@ def assign_backward(graph: Graph, forward_block: dict[int, int], count: int) -> 
         cotangents = [block_of[value] for value in edge.needs if value in block_of]
         block = min(cotangents, default=count - 1)
         accumulates = edge.label == "add" and len(cotangents) > 1
-        if not accumulates and edge.sequence in by_sequence:
-            block = min(block, by_sequence[edge.sequence])
+        if not accumulates and edge.sequence is not None and edge.sequence <= max(sequences, default=-1):
+            block = min(block, by_sequence[sequences[bisect_left(sequences, edge.sequence)]])
         assigned[position] = block
         block_of.update(dict.fromkeys(edge.gives, block))
     return assigned

@@ -257,11 +257,12 @@ class MoveMaker:
             border=sum(size for _, size in {analysis.charges[value] for value in entering}),
             drawn=checkpoint.own if checkpoint else 0,
             gradients=self.gradients[index],
-            keeps=self._costs_of_keeping(index) if "keep" in self.strategies else (),
+            keeps=self._costs_of_keeping(index) if checkpoint and "keep" in self.strategies else (),
         )
 
     def _costs_of_keeping(self, index: int) -> tuple[Cost, ...]:
-        """Where they lie within a checkpoint, masks are packed: these moves come first."""
+        """Where they lie within a checkpoint, masks are packed: these moves come first. (What cannot be computed from
+        the block's inputs could not be kept there: then there are none.)"""
         return tuple(move.cost for move in self._keep_moves(index) if not move.segment.whole)
 
     def _nested_moves(self, last: int) -> list[Move]:

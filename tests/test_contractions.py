@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -99,16 +101,23 @@ def trained(block: Callable[[], nn.Module], shape: tuple[int, ...], strategy: st
     return max(errors), {segment.strategy for segment in ours.plan.segments}
 
 
-@pytest.mark.parametrize("strategy", ["invert", "moonwalk"])
-@pytest.mark.parametrize("lipschitz", [0.3, 0.6])
-@pytest.mark.parametrize("name", NETS)
+QUICK = {("images", 0.6, "invert"), ("spectral norm", 0.6, "moonwalk")}
+
+
+def cases() -> Iterator[Any]:
+    """Every net under both strategies; of the larger ones two are quick tests."""
+    for case in itertools.product(NETS, (0.3, 0.6), ("invert", "moonwalk")):
+        yield pytest.param(*case, marks=() if case[0] == "dense" or case in QUICK else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "lipschitz", "strategy"), list(cases()))
 def test_contractions_are_recovered(name: str, lipschitz: float, strategy: str) -> None:
     make, shape = NETS[name]
     error, used = trained(lambda: make(lipschitz), shape, strategy)
     assert strategy in used and error < 3e-5, (used, error)
 
 
-@pytest.mark.parametrize("bandwidth", [7e9, 3e10])
+@pytest.mark.parametrize("bandwidth", [7e9, pytest.param(3e10, marks=pytest.mark.slow)])
 def test_the_branch_of_a_contraction_is_not_solved_for(bandwidth: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is faster: the way through its weights' inverses is badly conditioned, and no border shows it."""
     device = replace(DEVICES["cpu"], bandwidth=bandwidth)

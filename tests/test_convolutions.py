@@ -68,7 +68,7 @@ def test_moonwalk_through_strided_and_grouped_convolutions() -> None:
     assert any(name.endswith(("50", "52", "54")) for name in names), names  # 50 is the one with stride 3
 
 
-@pytest.mark.parametrize("mode", ["constant", "reflect"])
+@pytest.mark.parametrize("mode", [pytest.param("constant", marks=pytest.mark.slow), "reflect"])
 def test_moonwalk_through_padded_convolutions(mode: str) -> None:
     torch.manual_seed(0)
     model = behind_patches(Pad(mode), orthogonal(12, 10, 3, stride=2), *(orthogonal(10, 10, 1) for _ in range(24)))
@@ -86,7 +86,7 @@ def circular(channels: int, *sides: int) -> nn.Conv1d | nn.Conv2d:
     return layer
 
 
-@pytest.mark.parametrize("sides", [(3,), (3, 3), (5, 2)])
+@pytest.mark.parametrize("sides", [(3,), (5, 2), pytest.param((3, 3), marks=pytest.mark.slow)])
 def test_circular_convolutions_are_inverted(sides: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     layers = [circular(8, *sides) for _ in range(8)]
@@ -184,7 +184,8 @@ def train_triangular(model: nn.Module, x: Tensor, strategy: str, lowering: str =
 
 TRIANGULAR = [
     *(("invert", kind, scale, "eager") for kind in ("masked", "causal", "cut") for scale in (0.3, 0.7)),
-    *(("invert", kind, 0.7, "inductor") for kind in ("masked", "causal")),
+    ("invert", "causal", 0.7, "inductor"),
+    pytest.param("invert", "masked", 0.7, "inductor", marks=pytest.mark.slow),
     *(("moonwalk", kind, 0.3, "eager") for kind in ("masked", "causal")),
 ]
 

@@ -132,7 +132,7 @@ class Blocks(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("budget", ["100%", "60%"])
+@pytest.mark.parametrize("budget", [pytest.param("100%", marks=pytest.mark.slow), "60%"])
 def test_convolutions_get_images_channels_last_in_both_directions(budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, x = Blocks(), torch.randn(SIZE)

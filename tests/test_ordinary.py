@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +29,18 @@ def compiled(model: nn.Module, budget: int | str, inputs: tuple[torch.Tensor, ..
         return moonwalk_compile(copy.deepcopy(model), budget=smallest, lowering="eager", example_inputs=inputs)
 
 
+QUICK = {("gpt2", "60%"), ("vit", "1%"), ("resnet50", "1%"), ("convnext", "60%"), ("unet", "60%"), ("llama", "60%")}
+QUICK |= {("lstm", "100%")}
+
+
+def cases() -> Iterator[Any]:
+    """Every model under three budgets; one of each is a quick test."""
+    for name, part in itertools.product(MODELS, ("100%", "60%", "1%")):
+        yield pytest.param(name, part, marks=() if (name, part) in QUICK else pytest.mark.slow)
+
+
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("part", ["100%", "60%", "1%"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "part"), list(cases()))
 def test_gradients_are_exact_and_the_budget_holds(name: str, part: str) -> None:
     model, inputs = build(name, "small")
     reference = copy.deepcopy(model)
@@ -60,6 +72,7 @@ def test_a_plan_uses_its_budget() -> None:
         assert planned.seconds > 0.97 * slowest
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_inductor_reaches_what_eager_reaches() -> None:
     """Compiled whole it would need 40% more: it moves operations around, and fuses what was planned apart."""

@@ -50,7 +50,7 @@ def train(model: nn.Module, x: Tensor, strategy: str, lowering: str) -> tuple[fl
     return gradient_error(gradients(ours), gradients(model)), covered
 
 
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 def test_images_are_had_from_larger_ones(mode: str, lowering: str) -> None:
     torch.manual_seed(0)

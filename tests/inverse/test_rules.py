@@ -13,12 +13,21 @@ sizes = st.fixed_dictionaries({letter: st.integers(low, high) for letter, (low, 
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@settings(max_examples=3, deadline=None, derandomize=True)
+@settings(max_examples=2, deadline=None, derandomize=True)
 @given(sizes=sizes, seed=st.integers(0, 1000))
 def test_rule(case: Case, sizes: dict[str, int], seed: int) -> None:
     check_inverse_rule(case, sizes, seed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@settings(max_examples=10, deadline=None)
+@given(sizes=sizes, seed=st.integers(0, 1000))
+def test_rule_at_more_sizes(case: Case, sizes: dict[str, int], seed: int) -> None:
+    check_inverse_rule(case, sizes, seed)
+
+
+@pytest.mark.slow
 def test_every_rule_is_used_by_a_case() -> None:
     largest = {letter: high for letter, (_, high) in SIZES.items()}
     used = set().union(*(check_inverse_rule(case, largest, 0) for case in CASES))

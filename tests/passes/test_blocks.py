@@ -117,6 +117,23 @@ def test_a_long_skip_is_alive_at_every_border_it_crosses():
     assert [skip in block.live_in for block in blocks] == [producer < block.index <= reader for block in blocks]
 
 
+def test_a_lost_sequence_is_that_of_the_operation_behind_it() -> None:
+    """The gradient of an activation in place: its own number is no forward operation's."""
+    hand = Hand()
+    value, w = hand.input("x", 4), hand.input("w", 1, "parameter")
+    cotangent = hand.input("h", 4, "tangent")
+    for sequence in (0, 3, 6):
+        value = hand.call("mm", [value, w], 4, expensive=True, sequence=sequence)
+        value = hand.call("act", [value], 4, sequence=sequence + 2)
+    gradients = []
+    for sequence in (6, 3, 0):
+        cotangent = hand.call("act", [cotangent, value], 4, stage="backward", sequence=sequence + 1)
+        cotangent = hand.call("mm", [cotangent, w], 4, stage="backward", expensive=True, sequence=sequence)
+        gradients.append(cotangent)
+    blocks = find_blocks(hand.graph([value], gradients))
+    assert [[edge.label for edge in block.backward] for block in blocks] == [["act", "mm"]] * 3
+
+
 @pytest.mark.parametrize("wrong", [0, 5])
 def test_the_sum_of_a_fan_out_goes_where_its_last_summand_is(wrong: int) -> None:
     """The first block's result is also added at the end; the sum of its two cotangents carries a wrong sequence."""

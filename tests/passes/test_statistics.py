@@ -89,7 +89,7 @@ def test_checkpoints_keep_the_statistics_of_images(name: str) -> None:
     assert "convolution" in again and not {f"native_{name}", "_native_batch_norm_legit"} & again
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", ["batch_norm", pytest.param("group_norm", marks=pytest.mark.slow)])
 def test_gradients_and_buffers_are_eager_pytorchs(name: str, fresh_compiler: None) -> None:
     torch.manual_seed(0)
     norms = {**BLOCKS, "batch_norm": lambda: nn.BatchNorm2d(8)}
