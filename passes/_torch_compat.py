@@ -30,9 +30,9 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
     unset_fake_temporarily,
 )
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import Module
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -109,6 +109,7 @@ __all__ = [
     "OpOverload",
     "BackendCompilerFailed",
     "FailOnRecompileLimitHit",
+    "TorchDispatchMode",
     "TorchDynamoException",
     "default_partition",
     "aot_function",
@@ -131,7 +132,6 @@ __all__ = [
     "is_composite",
     "is_retained",
     "lookup_backend",
-    "make_fx",
     "min_cut_rematerialization_partition",
     "tree_flatten",
     "tree_map",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ._torch_compat import FakeTensorMode, OpOverload, make_fx, tree_flatten
+from ._torch_compat import FakeTensorMode, OpOverload, TorchDispatchMode, tree_flatten, tree_map
 from .cost import count_flops
 from .graph import Call, Operation, Ref
 from .sizes import storage_bytes
@@ -93,28 +94,62 @@ class Recorder:
         return Ref(self.slot[node])
 
 
+class _Recording(TorchDispatchMode):
+    """Writes each call into a graph. (`make_fx` patches `nn.Module` for every function that it traces, which takes
+    milliseconds where many modules are defined.)"""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.nodes: dict[int, fx.Node] = {}
+        self.tensors: list[Tensor] = []  # alive, so that no other object gets their identity
+        for position, tensor in enumerate(inputs):
+            self._name(self.graph.placeholder(f"input_{position}"), tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named_args, named_kwargs = tree_map(self.node, (args, kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        call = self.graph.call_function(func, named_args, named_kwargs)
+        if isinstance(result, Tensor):
+            self._name(call, result)
+            return result
+        call.meta["val"] = result
+        for position, item in enumerate(result if isinstance(result, (tuple, list)) else ()):
+            if isinstance(item, Tensor):
+                self._name(self.graph.call_function(operator.getitem, (call, position)), item)
+        return result
+
+    def node(self, item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return item
+        if id(item) not in self.nodes:
+            raise NotImplementedError("a rule may not use a constant tensor")
+        return self.nodes[id(item)]
+
+    def _name(self, node: fx.Node, tensor: Tensor) -> None:
+        node.meta["val"] = tensor
+        self.nodes[id(tensor)] = node
+        self.tensors.append(tensor)
+
+
 def trace_operations(
     function: Callable[..., Any], examples: Sequence[Tensor]
 ) -> tuple[tuple[Operation, ...], tuple[int, ...], tuple[Tensor, ...]]:
     """Run `function` on fake tensors; return its operations, the slots of its results, and the fake results."""
     mode = next(example.fake_mode for example in examples if hasattr(example, "fake_mode"))
     assert isinstance(mode, FakeTensorMode)
-    with mode:
-        traced = make_fx(function)(*examples)
-    traced.graph.eliminate_dead_code()
+    recording = _Recording(examples)
+    with mode, recording:
+        found = function(*examples)
+    results = [recording.node(item) for item in ([found] if isinstance(found, Tensor) else found)]
+    graph = recording.graph
+    graph.output(tuple(results))
+    graph.eliminate_dead_code()
     recorder, operations = Recorder(), []
-    for node in traced.graph.nodes:
+    for node in graph.nodes:
         if node.op == "placeholder":
             recorder.add_input(node)
         elif node.op == "call_function":
             operations.append(recorder.add_call(node))
-        elif node.op == "output":
-            results = [node.args[0]] if isinstance(node.args[0], fx.Node) else list(node.args[0])
-            return (
-                tuple(operations),
-                tuple(recorder.slot[result] for result in results),
-                tuple(result.meta["val"] for result in results),
-            )
-        else:
-            raise NotImplementedError(f"a rule may not use the constant {node.target}")
-    raise AssertionError("unreachable: every traced graph has an output")
+    slots = tuple(recorder.slot[result] for result in results)
+    return tuple(operations), slots, tuple(result.meta["val"] for result in results)
