@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from .options import Options
 from .passes.analysis import Analysis
-from .passes.certificates import INVERTED
 from .passes.emit import Segment as Choice
 from .passes.graph import Role, Value
+from .passes.inverse import INVERTED
 from .passes.liveness import Timeline
 from .passes.lower import Half
 from .passes.plan import Planned, Planner

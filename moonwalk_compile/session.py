@@ -20,12 +20,13 @@ from .options import Options
 from .passes._torch_compat import FakeTensor, InputMutationAOTOutput, PlainAOTInput, disable_current_modes
 from .passes.analysis import Analysis, analyse
 from .passes.capture import Capture, read_joint
-from .passes.certificates import INVERTED, Certificate, chain_error
+from .passes.certificates import Certificate, chain_error
 from .passes.certify import Certifier
 from .passes.cost import Device
 from .passes.drift import Drift
 from .passes.emit import Segment
 from .passes.graph import Role
+from .passes.inverse import INVERTED
 from .passes.inverse.constants import Constants, computed, is_candidate
 from .passes.lower import Aim, Boxed, Half, Lowerer, as_boxed
 from .passes.plan import NoPlan, Planned, Planner
@@ -109,7 +110,7 @@ class Session:
         options = self.options
         self.analysis = analyse(
             *(capture, self.device, self._read_constants(capture)),
-            invertible="invert" in options.strategies,
+            strategies=options.strategies,
             fixed_sizes=options.lowering == "inductor",
         )
         workspaces = self._workspaces()

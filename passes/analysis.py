@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -16,7 +16,7 @@ from .capture import Capture
 from .cost import Device, edge_seconds
 from .drift import Watch, comparer, sampler
 from .graph import Edge, Graph, Stage, Value
-from .inverse import CONTRACTION, inverse_edges, make_call, packing_of_reader, packing_of_value
+from .inverse import CONTRACTION, INVERTED, inverse_edges, make_call, packing_of_reader, packing_of_value
 from .inverse.constants import Constants
 from .inverse.rule import Packing
 from .sizes import exact_bytes, storage_bytes
@@ -331,21 +331,23 @@ def analyse(
     device: Device,
     constants: Constants | None = None,
     *,
-    invertible: bool = True,
+    strategies: Collection[str] = INVERTED,
     fixed_sizes: bool = False,
 ) -> Analysis:
     """Blocks, packed twins and inverse rules of a captured step; rules may look at the values of `constants`.
 
-    `invertible` says that blocks may be inverted: then what can be inverted together is one block. With `fixed_sizes`,
-    no tensor of generated code may differ in size from its fake.
+    Where blocks may be inverted, what can be inverted together is one block; inverse rules are looked for where one of
+    the `strategies` follows them. With `fixed_sizes`, no tensor of generated code may differ in size from its fake.
     """
     graph = capture.graph
     packer = _Packer(capture, device)
     add_value = partial(packer.add_value, stage="backward")
-    edges = inverse_edges(capture, device, constants=constants, add_value=add_value)
+    edges: tuple[Edge, ...] = ()
+    if not set(INVERTED).isdisjoint(strategies):
+        edges = inverse_edges(capture, device, constants=constants, add_value=add_value)
     edges = tuple(_of_fixed_size(edges)) if fixed_sizes else edges
     joining = [edge for edge in edges if edge.label != CONTRACTION]  # most residual blocks are none
-    blocks = find_blocks(graph, joining if invertible else ())
+    blocks = find_blocks(graph, joining if "invert" in strategies else ())
     packs = _exact_packs(packer, graph, blocks)
     signs = [_sign_packs(packer, graph, block) for block in blocks]
     watches = tuple((packer.watch(block.live_in), packer.watch(block.cotangents_in)) for block in blocks)

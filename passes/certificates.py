@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 
 from .emit import Segment
 
-INVERTED = ("invert", "moonwalk")
-
 
 @dataclass(frozen=True)
 class Certificate:

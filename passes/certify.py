@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .analysis import Analysis, Pack
-from .certificates import INVERTED, Certificate
+from .certificates import Certificate
 from .emit import Segment
 from .graph import Edge
 from .interpret import run_edge
-from .inverse import CONTRACTION
+from .inverse import CONTRACTION, INVERTED
 from .solutions import Facts, drawn, swept
 
 TIES = 1e-5  # the part of a tensor's elements that may lie exactly on a kink (x = 0 in |x|, a = b in max(a, b))

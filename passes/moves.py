@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .blocks import Block
-from .certificates import INVERTED, TRUSTED, Certificate, Noise, reach
+from .certificates import TRUSTED, Certificate, Noise, reach
 from .costs import Cost, segment_cost, signature, storages, with_passing
 from .emit import Segment, stored
+from .inverse import INVERTED
 from .keepsets import keep_sets
 from .nesting import SPLITS, Nesting, Piece, Unit, segments_of
 from .solutions import Facts, drawn, residue

@@ -18,12 +18,13 @@ from itertools import accumulate
 import numpy as np
 
 from .bits import unpack_two
-from .certificates import INVERTED, Certificate, chain_error
+from .certificates import Certificate, chain_error
 from .cost import Device, base_name
 from .costs import Cost, backward_program, segment_cost
 from .emit import Schedule, Segment, Unreachable, emit
 from .fronts import FRONT, LONG, Floats, Front, Table, column, extend, start
 from .fusion import program_seconds
+from .inverse import INVERTED
 from .liveness import Timeline
 from .moves import Move, MoveMaker
 from .reuse import simulated

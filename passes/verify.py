@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Container, Sequence
 
 from .analysis import Analysis
-from .certificates import INVERTED
 from .emit import Schedule, Segment
 from .graph import refs_in
+from .inverse import INVERTED
 from .program import Program
 
 

@@ -8,9 +8,12 @@ from .residuals import jumps, kinks, packing_of_reader, packing_of_value
 from .rule import Call, Packing, Recipe, Region, Rule
 from .solve import Solution, solve
 
+INVERTED = ("invert", "moonwalk")  # the strategies that follow inverse rules
+
 __all__ = [
     "CONTRACTION",
     "CUSTOM",
+    "INVERTED",
     "RULES",
     "WAITING_BYTES_PER_S",
     "Call",
