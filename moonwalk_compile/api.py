@@ -30,7 +30,7 @@ from .passes._torch_compat import (
     tree_flatten,
 )
 from .passes.cost import find_device
-from .replay import Replays
+from .replay import Replays, try_out
 from .report import Plan
 from .session import Session
 from .uncaptured import Flag, decided, flags_of
@@ -90,6 +90,7 @@ class _Driver:
         self.replays = Replays(model, options.strategies, options.max_slowdown)  # while it is plain
         self.flags: tuple[Flag, ...] = ()  # on which the model branches
         self.flag_values: tuple[Any, ...] = ()  # when it was given up
+        self.tried_out = False
         self.graphs = 0  # compiled for training
         self.warned = False
 
@@ -105,15 +106,16 @@ class _Driver:
         if self.plain and self.flag_values == self._flag_values():
             return self._run_plain(args, kwargs)
         graphs, breaks = self.graphs, Counter(dynamo_counters["graph_break"])
-        try:
-            with capturing(), decided(self.flags):
-                result = self.compiled(*args, **kwargs)
-        except FailOnRecompileLimitHit as error:
-            return self._too_many_sizes(error, args, kwargs)
-        except TorchDynamoException as error:
-            if not self.flags and self._has_flags(error):
-                return self(*args, **kwargs)
-            return self._give_up(error, args, kwargs)
+        while True:
+            try:
+                with capturing(), decided(self.flags):
+                    result = self.compiled(*args, **kwargs)
+                break
+            except FailOnRecompileLimitHit as error:
+                return self._too_many_sizes(error, args, kwargs)
+            except TorchDynamoException as error:
+                if not self._another_try(error, args, kwargs):
+                    return self._give_up(error, args, kwargs)
         self.plain = False
         self._warn_of_breaks(self.graphs - graphs, [*(dynamo_counters["graph_break"] - breaks)], result)
         return result
@@ -132,11 +134,16 @@ class _Driver:
     def _flag_values(self) -> tuple[Any, ...]:
         return tuple(flag.value for flag in self.flags)
 
-    def _has_flags(self, error: TorchDynamoException) -> bool:
-        """Whether the model might be captured once the branches on its flags are decided."""
+    def _another_try(self, error: TorchDynamoException, args: Any, kwargs: Any) -> bool:
+        """Whether the model might be captured now: branches on its flags are decided, or it has set itself up."""
         if "data-dependent" in str(error).lower():
-            self.flags = flags_of(self.model)
-        return bool(self.flags)
+            undecided, self.flags = not self.flags, self.flags or flags_of(self.model)
+            return undecided and bool(self.flags)
+        if self.flags or self.tried_out or isinstance(error, BackendCompilerFailed):
+            return False
+        self.tried_out = True
+        try_out(self.model, self.model._call_impl, args, kwargs)
+        return True
 
     def _give_up(self, error: TorchDynamoException, args: Any, kwargs: Any) -> Any:
         """Run as the model is: for good, or until its flags say that it has initialised itself from data."""
@@ -181,8 +188,7 @@ class _Driver:
             raise ours from None
         reason = first_line(ours)
         if self.options.budget is not None:
-            with torch.no_grad():
-                self.model._call_impl(*args, **kwargs)  # what this raises is the user's own error
+            try_out(self.model, self.model._call_impl, args, kwargs)
             raise CaptureError(
                 "The model could not be captured as one graph",
                 reason,
@@ -219,6 +225,7 @@ def plan_only(model: nn.Module, inputs: tuple[Any, ...], options: Options, devic
 def planned_session(model: nn.Module, inputs: tuple[Any, ...], options: Options, device: str | None = None) -> Session:
     """The session in which a training step of `model` was planned; nothing is lowered and nothing runs."""
     sessions: list[Session] = []
+    tried_out = False
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         table = find_device(device) if device else device_of(example_inputs)
@@ -230,19 +237,24 @@ def planned_session(model: nn.Module, inputs: tuple[Any, ...], options: Options,
                 sessions.append(session)
         raise _Planned
 
-    try:
-        with capturing():
-            compiled_call(model, backend, fullgraph=True)(*inputs)
-    except TorchDynamoException as error:
-        ours = unwrap(error)
-        if isinstance(ours, MoonwalkError):
-            raise ours from None
-        if not sessions and not isinstance(ours, _Planned):
-            with torch.no_grad(), contextlib.suppress(*NOT_ON_FAKE_TENSORS):
-                model._call_impl(*inputs)  # what this raises is the user's own error
-            raise CaptureError(
-                "The model could not be captured as one graph", first_line(ours), "change what is named above"
-            ) from error
+    while not sessions:
+        try:
+            with capturing():
+                compiled_call(model, backend, fullgraph=True)(*inputs)
+            break
+        except TorchDynamoException as error:
+            ours = unwrap(error)
+            if isinstance(ours, MoonwalkError):
+                raise ours from None
+            if sessions or isinstance(ours, _Planned):
+                break
+            if tried_out:
+                raise CaptureError(
+                    "The model could not be captured as one graph", first_line(ours), "change what is named above"
+                ) from error
+            tried_out = True
+            with contextlib.suppress(*NOT_ON_FAKE_TENSORS):
+                try_out(model, model._call_impl, inputs, {})
     if not sessions:
         raise CaptureError(
             "There is nothing to plan",

@@ -200,6 +200,21 @@ def _rehearse(block: nn.Module, function: Callable[..., Any], args: Any, kwargs:
         randomness.restore()
 
 
+def try_out(model: nn.Module, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Call `function` without gradients and leave tensors and random numbers as they were. What it raises is the
+    user's own error; what `model` sets up in its first call is there then."""
+    randomness = _Randomness.of(_tensors((args, kwargs)))
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    copied, named = tree_map(_copied, (args, kwargs))
+    with torch.no_grad():
+        try:
+            function(*copied, **named)
+        finally:
+            for buffer, value in before:
+                buffer.copy_(value)
+            randomness.restore()
+
+
 def _copied(leaf: Any) -> Any:
     return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 

@@ -18,6 +18,7 @@ from .backend import ByGradients, CompiledStep
 from .errors import CaptureError, MoonwalkError, OptionError, UsageError
 from .options import Options
 from .passes._torch_compat import FailOnRecompileLimitHit, TorchDynamoException, capturing, in_own_frame
+from .replay import try_out
 from .report import Plan
 from .session import Certificates, Session
 from .step_session import TITLE, PlanOnly, StepSession
@@ -141,7 +142,7 @@ class TrainingStep:
             return self.model(*inputs)
         return self.loss_fn(self.model(*inputs[:-1]), inputs[-1])
 
-    def _guarded(self, compiled: Callable[..., Tensor], inputs: Sequence[Any]) -> Tensor:
+    def _guarded(self, compiled: Callable[..., Tensor], inputs: Sequence[Any], tried_out: bool = False) -> Tensor:
         try:
             with capturing():
                 return compiled(*inputs)
@@ -152,8 +153,9 @@ class TrainingStep:
             ours = unwrap(error)
             if isinstance(ours, (MoonwalkError, PlanOnly)):
                 raise ours from None
-            with torch.no_grad():
-                self._loss(*inputs)  # what this raises is the user's own error
+            if not tried_out:  # a model that sets itself up in its first call can be captured then
+                try_out(self.model, self._loss, inputs, {})
+                return self._guarded(compiled, inputs, tried_out=True)
             todo = "change what is named above; a single step needs a model that is one graph"
             raise CaptureError("The step could not be captured as one graph", first_line(ours), todo) from error
 

@@ -8,6 +8,7 @@ import io
 import itertools
 import logging
 import pickle
+import threading
 import warnings
 from functools import partial
 from typing import Any
@@ -294,6 +295,38 @@ def test_with_a_budget_it_is_an_error():
             ours(torch.randn(4, 8))
     with pytest.raises(CaptureError):
         eager(Branches(), budget="60%", example_inputs=(torch.randn(4, 8),))
+
+
+class SetsItselfUp(nn.Module):
+    """Installs something in its first call, behind a lock; Dynamo captures no locks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+        self.ready = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            with LOCK:
+                self.ready = True
+        return torch.sin(self.layers(x))
+
+
+LOCK = threading.Lock()
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": "100%"}, {"example_inputs": (torch.randn(4, 8),)}])
+def test_a_model_that_sets_itself_up_in_its_first_call(options: Any):
+    model, x = SetsItselfUp(), torch.randn(4, 8)
+    ours = eager(copy.deepcopy(model), **options)
+    for seed in range(2):
+        steps = []
+        for net in (ours, model):
+            torch.manual_seed(seed)
+            steps.append(one_step(net, x))
+        assert gradient_error(*steps) == 0
+    assert ours.plan is not None
+    assert all(mine.equal(true) for mine, true in zip(ours.buffers(), model.buffers(), strict=True))
 
 
 logger = logging.getLogger("a library")

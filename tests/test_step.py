@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -539,6 +540,32 @@ def test_other_wrong_calls():
 
     with pytest.raises(CaptureError, match="one graph"):
         training_step(model, breaks, lowering="eager")(*inputs)
+
+
+class SetsItselfUp(nn.Module):
+    """Behind a lock, which Dynamo cannot capture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.ready = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            with LOCK:
+                self.ready = True
+        return self.layers(x)
+
+
+LOCK = threading.Lock()
+
+
+def test_a_model_that_sets_itself_up_in_its_first_call():
+    ours, my_optimizer, model, reference = both(SetsItselfUp(), OPTIMIZERS["momentum"])
+    step = training_step(ours, F.mse_loss, my_optimizer, strategies=EXACT, lowering="eager")
+    for _ in range(2):
+        step(floats(4, 6), floats(4, 6))
+        eager_step(model, reference, floats(4, 6), floats(4, 6))
+    same_model(ours, model)
 
 
 # -- ways to use it ----------------------------------------------------------------------------------------------------
