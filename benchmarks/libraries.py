@@ -3,8 +3,9 @@
     python benchmarks/libraries.py [--case 'timm/*']... [--lowering eager|inductor] [--budget 50] [--json FILE]
 
 Needs the packages of the extra `libraries` (`pip install -e '.[libraries]'`); a case whose package is missing is named
-and counts as missed. Models are small, with random weights, and in training mode. The budget is a part of plain's measured peak, or the smallest that can be met where
-that is more. Each case runs in a process of its own. Exit status 1 if a demanded figure was not reached.
+and counts as missed. Models are small, with random weights, and in training mode. The budget is a part of plain's
+measured peak, or the smallest that can be met where that is more. Each case runs in a process of its own. Exit status 1
+if a demanded figure was not reached.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from workers import mebibytes, run_worker, select
 
 OFF = {"eager": 0.01, "inductor": 0.05}  # how far a predicted peak may be from the measured one
 ERROR = {"eager": 0.0, "inductor": 1e-5}
+SCALARS = 4096  # bytes of a loss outside of the model, which no plan sees
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Figure:
     def missed(self, lowering: str) -> str:
         """What is not as demanded."""
         found = {
-            "above the budget": self.ours > self.budget,
+            "above the budget": self.ours > self.budget + SCALARS,
             "predicted peak": abs(self.ours / self.predicted - 1) > OFF[lowering],
             "gradients": not self.error <= ERROR[lowering],
         }
