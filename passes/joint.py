@@ -81,7 +81,7 @@ def join(analysis: Analysis, schedule: Schedule) -> Program:
     moved = []
     for number, instruction in enumerate(backward.instructions, start=free + 1):
         slots[instruction.slot] = number
-        moved.append(replace(instruction, slot=number, slots=tuple(slots[slot] for slot in instruction.slots)))
+        moved.append(instruction._replace(slot=number, slots=tuple(slots[slot] for slot in instruction.slots)))
     gradients = map_refs(tuple(backward.outputs), lambda ref: Ref(slots[ref.slot]))
     return Program(forward.inputs, (*forward.instructions, ones, *moved), (*outputs, *gradients))
 

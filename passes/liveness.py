@@ -74,17 +74,16 @@ def simulate(
         dying.setdefault(position, []).append(slot)
     during = []
     for position, instruction in enumerate(program.instructions):
-        operation = instruction.operation
-        mine = [(instruction.slot, item) if source < 0 else held[source][item] for source, item in instruction.holds]
+        operation, own = instruction.operation, instruction.slot
+        mine = [(own, item) if source < 0 else held[source][item] for source, item in instruction.holds]
         for storage_id in mine:
-            own = storage_id[0] == instruction.slot
-            heap.take(storage_id, operation.new[storage_id[1]] if own else heap.size[storage_id])
-        held[instruction.slot] = mine
+            heap.take(storage_id, operation.new[storage_id[1]] if storage_id[0] == own else heap.size[storage_id])
+        held[own] = mine
         during.append(heap.live + (workspace(operation) if workspace else 0))
         for slot in dying.get(position, ()):
             for storage_id in held[slot]:
                 heap.drop(storage_id)
-        if instruction.slot not in program.last_use:
+        if own not in program.last_use:
             for storage_id in mine:
                 heap.drop(storage_id)
     return Timeline(tuple(during), start, heap.live)

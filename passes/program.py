@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from .graph import Edge, Graph, Operation, map_refs, refs_in
 
 
-@dataclass(frozen=True, slots=True)
-class Instruction:
-    """An operation of an edge; `slots[i]` is the program's slot for its slot i, `value` what it stands for."""
+class Instruction(NamedTuple):
+    """An operation of an edge; `slots[i]` is the program's slot for its slot i, `value` what it stands for.
+
+    A named tuple, as planning makes hundreds of thousands of them.
+    """
 
     slot: int
     operation: Operation

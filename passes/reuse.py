@@ -75,8 +75,8 @@ def _owners(program: Program) -> dict[int, int | None]:
             continue
         behind = {owners[slot] for slot in instruction.reads}
         owners[instruction.slot] = behind.pop() if len(behind) == 1 else None
-        if len(behind):  # may be a view of any of them: none is written over from here on
-            lost = {owner for slot in instruction.reads if (owner := owners[slot]) is not None}
+        lost = {owner for slot in instruction.reads if (owner := owners[slot]) is not None}
+        if len(behind) and lost:  # may be a view of any of them: none is written over from here on
             owners = {slot: None if owner in lost else owner for slot, owner in owners.items()}
     return owners
 
@@ -135,7 +135,7 @@ def _over(instruction: Instruction, local: int) -> Instruction:
     assert writer is not None
     kwargs = {**operation.kwargs, writer.keyword: Ref(local)} if writer.keyword else operation.kwargs
     written: Operation = replace(operation, target=writer.target, kwargs=kwargs, new=(), holds=((local, 0),))
-    return replace(instruction, operation=written)
+    return instruction._replace(operation=written)
 
 
 @lru_cache(maxsize=4096)

@@ -38,9 +38,14 @@ class Workspaces:
 
     limit: float = math.inf
     found: dict[object, int] = field(default_factory=dict)
+    known: dict[int, tuple[Operation, int]] = field(default_factory=dict)  # by the object: calls take long to compare
 
     def __call__(self, operation: Operation) -> int:
-        return self._of(*operation.call) if operation.borrows and operation.call is not None else 0
+        if operation.call is None or not operation.borrows:
+            return 0
+        if id(operation) not in self.known:
+            self.known[id(operation)] = operation, self._of(*operation.call)
+        return self.known[id(operation)][1]
 
     def of_call(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
         """Of a call in a generated wrapper: a `wrapper_memory.Workspace`."""
