@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,7 +50,7 @@ def test_an_update_behind_all_readers_passes():
 
 WRONG = {
     "a view is read later": program(VIEW, OUTPUT, GRADIENT, UPDATE, COTANGENT),
-    "the parameter is read later": program(VIEW, OUTPUT, GRADIENT, UPDATE, replace(COTANGENT, slots=(4, WEIGHT))),
+    "the parameter is read later": program(VIEW, OUTPUT, GRADIENT, UPDATE, COTANGENT._replace(slots=(4, WEIGHT))),
     "it is updated twice": program(VIEW, OUTPUT, GRADIENT, COTANGENT, UPDATE, updating(7, WEIGHT, 4)),
 }
 

@@ -34,7 +34,7 @@ def pieces_of(analysis: Analysis) -> tuple[Program, list[Piece], Program, list[P
 def another(groups: list[list[Instruction]], number: int) -> list[list[Instruction]]:
     """The same with another first operation in one group."""
     first, *rest = groups[number]
-    changed = replace(first, operation=replace(first.operation, target="bmm"))
+    changed = first._replace(operation=replace(first.operation, target="bmm"))
     return [*groups[:number], [changed, *rest], *groups[number + 1 :]]
 
 
@@ -79,7 +79,7 @@ def test_other_wiring_has_another_key():
     program, pieces, _, _ = pieces_of(analysis)
     groups = group_by_block(program)
     first, *rest = groups[2]
-    groups[2] = [replace(first, slots=first.slots[::-1]), *rest]
+    groups[2] = [first._replace(slots=first.slots[::-1]), *rest]
     assert cut_pieces(analysis, program, groups)[2].key != pieces[1].key
 
 

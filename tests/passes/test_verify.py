@@ -94,7 +94,7 @@ def test_a_random_or_mutating_operation_that_runs_twice(kind: str) -> None:
     backward = schedule.backward
     again = next(i for i in schedule.forward.instructions if i.operation.target == "bernoulli")
     x_slot = next(slot for slot, value in backward.inputs if value == x)
-    again = replace(again, slot=1000, slots=(x_slot,))
+    again = again._replace(slot=1000, slots=(x_slot,))
     spoilt = replace(backward, instructions=(again, *backward.instructions))
     rejects(
         analysis, replace(schedule, backward=spoilt), "bernoulli is random or mutating and is emitted 2 times, not 1"
