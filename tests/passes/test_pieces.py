@@ -109,7 +109,7 @@ def test_no_cut_between_a_tuple_and_its_items():
     analysis = chain([Layer()] * 4)
     program, pieces, _, _ = pieces_of(analysis)
     group = list(group_by_block(program)[1])
-    group[0] = replace(group[0], value=None)
+    group[0] = group[0]._replace(value=None)
     assert cut_group([group], pieces[:1], 0, [5, 5]) is None
 
 

@@ -57,7 +57,7 @@ def test_a_slot_made_twice(analysis: Analysis, schedule: Schedule) -> None:
 
 def test_an_instruction_that_overwrites_an_argument(analysis: Analysis, schedule: Schedule) -> None:
     first, *rest = schedule.forward.instructions
-    clash = replace(first, slot=schedule.forward.inputs[0][0])
+    clash = first._replace(slot=schedule.forward.inputs[0][0])
     rejects(analysis, replace(schedule, forward=replace(schedule.forward, instructions=(clash, *rest))), "made twice")
 
 
