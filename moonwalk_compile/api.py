@@ -74,6 +74,8 @@ def moonwalk_compile(
     inner = model.module if isinstance(model, DistributedDataParallel) else model  # gradients meet outside of the step
     driver = _Driver(inner, options, fullgraph, {inner, model})
     driver.compiled = compiled_call(inner, driver.backend, fullgraph)
+    if lowering == "inductor":
+        driver.inference = compiled_call(inner, "inductor", dynamic=None)
     inner._compiled_call_impl = driver
     driver.set_plan(None if example_inputs is None else plan_only(inner, tuple(example_inputs), options))
     return model
@@ -86,6 +88,7 @@ class _Driver:
         self.model, self.options, self.fullgraph = model, options, fullgraph
         self.shown_by = tuple(shown_by)  # whose `plan` is set
         self.compiled: Callable[..., Any] = model._call_impl
+        self.inference: Callable[..., Any] = model._call_impl  # of calls without gradients: nothing to plan
         self.plain = False
         self.replays = Replays(model, options.strategies, options.max_slowdown)  # while it is plain
         self.flags: tuple[Flag, ...] = ()  # on which the model branches
@@ -105,6 +108,8 @@ class _Driver:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.plain and self.flag_values == self._flag_values():
             return self._run_plain(args, kwargs)
+        if not torch.is_grad_enabled():
+            return self.inference(*args, **kwargs)
         graphs, breaks = self.graphs, Counter(dynamo_counters["graph_break"])
         while True:
             try:

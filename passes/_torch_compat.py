@@ -49,18 +49,21 @@ LOGGING = ("debug", "info", "warn", "error", "exception", "critical", "fatal", "
 _frames = itertools.count()
 
 
-def compiled_call(model: Module, backend: str | Callable[..., Any], fullgraph: bool = False) -> Callable[..., Any]:
+def compiled_call(
+    model: Module, backend: str | Callable[..., Any], fullgraph: bool = False, dynamic: bool | None = False
+) -> Callable[..., Any]:
     """What `torch.compile(model)` calls: through a frame that is not torch.nn's own, whose forward Dynamo skips.
 
     (`model.compile()` takes a Sequential apart for that reason, and compiles what it contains one by one.)
     """
-    return in_own_frame(model._call_impl, backend, fullgraph)
+    return in_own_frame(model._call_impl, backend, fullgraph, dynamic)
 
 
 def in_own_frame(
-    function: Callable[..., Any], backend: str | Callable[..., Any], fullgraph: bool
+    function: Callable[..., Any], backend: str | Callable[..., Any], fullgraph: bool, dynamic: bool | None = False
 ) -> Callable[..., Any]:
-    """`torch.compile(function)`, one plan for each size, in a frame of its own.
+    """`torch.compile(function)`, one plan for each size, in a frame of its own. (With `dynamic=None`: for any size,
+    once sizes have been seen to change.)
 
     Dynamo looks compilations up, and counts them, by code object. Where models shared one, each call would walk through
     the guards of all others, and a process could not compile more than a limited number of models.
@@ -71,7 +74,7 @@ def in_own_frame(
 
     code = call.__code__.replace(co_name=f"moonwalk_{next(_frames)}")
     frame = FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
-    return torch.compile(frame, backend=backend, fullgraph=fullgraph, dynamic=False)
+    return torch.compile(frame, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
 
 
 def capturing() -> AbstractContextManager[None]:

@@ -76,6 +76,21 @@ def measured_peak(model: nn.Module, *arguments: Any) -> int:
     return measure_step(lambda: model(*arguments).backward()).peak_bytes
 
 
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_calls_without_gradients_may_have_any_size(monkeypatch: pytest.MonkeyPatch, lowering: str):
+    """Text is generated in as many sizes as it has tokens; no plan is made for them."""
+    monkeypatch.setattr(_torch_compat, "SIZES", 3)
+    model = chain(2).eval()
+    ours = moonwalk_compile(copy.deepcopy(model), budget="100%", lowering=lowering)
+    one_step(ours, torch.randn(4, 8))
+    plan = ours.plan
+    for size in range(2, 9):
+        x = torch.randn(size, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), model(x))
+    assert ours.plan is plan is not None
+
+
 # -- the budget --------------------------------------------------------------------------------------------------------
 
 
