@@ -120,6 +120,7 @@ def assign_backward(graph: Graph, forward_block: dict[int, int], count: int) -> 
             block = forward_block[edge.gives[0]]
             by_sequence[edge.sequence] = max(block, by_sequence.get(edge.sequence, 0))
     sequences = sorted(by_sequence)
+    latest = sequences[-1] if sequences else -1
     block_of: dict[int, int] = dict.fromkeys(graph.tangents, count - 1)
     assigned: dict[int, int] = {}
     for position, edge in enumerate(graph.edges):
@@ -128,7 +129,7 @@ def assign_backward(graph: Graph, forward_block: dict[int, int], count: int) -> 
         cotangents = [block_of[value] for value in edge.needs if value in block_of]
         block = min(cotangents, default=count - 1)
         accumulates = edge.label == "add" and len(cotangents) > 1
-        if not accumulates and edge.sequence is not None and edge.sequence <= max(sequences, default=-1):
+        if not accumulates and edge.sequence is not None and edge.sequence <= latest:
             block = min(block, by_sequence[sequences[bisect_left(sequences, edge.sequence)]])
         assigned[position] = block
         block_of.update(dict.fromkeys(edge.gives, block))
