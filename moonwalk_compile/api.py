@@ -146,8 +146,8 @@ class _Driver:
             return undecided and bool(self.flags)
         if self.flags or self.tried_out or isinstance(error, BackendCompilerFailed):
             return False
-        self.tried_out = True
         try_out(self.model, self.model._call_impl, args, kwargs)
+        self.tried_out = True
         return True
 
     def _give_up(self, error: TorchDynamoException, args: Any, kwargs: Any) -> Any:
@@ -242,7 +242,7 @@ def planned_session(model: nn.Module, inputs: tuple[Any, ...], options: Options,
                 sessions.append(session)
         raise _Planned
 
-    while not sessions:
+    while True:
         try:
             with capturing():
                 compiled_call(model, backend, fullgraph=True)(*inputs)

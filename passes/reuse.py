@@ -75,8 +75,7 @@ def _owners(program: Program) -> dict[int, int | None]:
             continue
         behind = {owners[slot] for slot in instruction.reads}
         owners[instruction.slot] = behind.pop() if len(behind) == 1 else None
-        lost = {owner for slot in instruction.reads if (owner := owners[slot]) is not None}
-        if len(behind) and lost:  # may be a view of any of them: none is written over from here on
+        if lost := behind - {None}:  # may be a view of any of them: none is written over from here on
             owners = {slot: None if owner in lost else owner for slot, owner in owners.items()}
     return owners
 

@@ -321,10 +321,11 @@ class SetsItselfUp(nn.Module):
         self.ready = False
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
         if not self.ready:
             with LOCK:
                 self.ready = True
-        return torch.sin(self.layers(x))
+        return torch.sin(y)
 
 
 LOCK = threading.Lock()
@@ -342,6 +343,14 @@ def test_a_model_that_sets_itself_up_in_its_first_call(options: Any):
         assert gradient_error(*steps) == 0
     assert ours.plan is not None
     assert all(mine.equal(true) for mine, true in zip(ours.buffers(), model.buffers(), strict=True))
+
+
+def test_a_wrong_first_call_sets_nothing_up():
+    ours = eager(SetsItselfUp(), budget="100%")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        ours(torch.randn(4, 7))
+    one_step(ours, torch.randn(4, 8))
+    assert ours.plan is not None
 
 
 logger = logging.getLogger("a library")

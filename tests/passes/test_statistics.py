@@ -89,7 +89,9 @@ def test_checkpoints_keep_the_statistics_of_images(name: str) -> None:
     assert "convolution" in again and not {f"native_{name}", "_native_batch_norm_legit"} & again
 
 
-@pytest.mark.parametrize("name", ["batch_norm", pytest.param("group_norm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "batch_norm" else pytest.mark.slow) for name in BLOCKS]
+)
 def test_gradients_and_buffers_are_eager_pytorchs(name: str, fresh_compiler: None) -> None:
     torch.manual_seed(0)
     norms = {**BLOCKS, "batch_norm": lambda: nn.BatchNorm2d(8)}
