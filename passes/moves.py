@@ -1,6 +1,6 @@
 """The moves of the planner: every segment that it may append, with what it costs.
 
-Segments of the same shape are emitted and simulated once; long runs of repeating blocks are extrapolated.
+Segments of the same shape are emitted and simulated once; what long checkpoints cost is told from shorter ones.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .keepsets import keep_sets
 from .nesting import SPLITS, Nesting, Piece, Unit, segments_of
 from .solutions import Facts, drawn, residue
 
+CLOSE = 1e-3  # part by which a cost may be off where it was told from others
 PRICES = (16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.0)
 
 
@@ -48,6 +49,7 @@ class MoveMaker:
         self.exact: dict[int, list[Move]] = {}  # by last block: what no certificate changes
         self.keeps: dict[int, list[Move]] = {}
         self.checkpoints: dict[tuple[int, int], Move | None] = {}  # by first and last block
+        self.foretold: set[tuple[int, int]] = set()  # those whose costs follow from shorter ones
         self.singles: dict[tuple[str, int], tuple[Segment, Cost] | None] = {}
         self.gradients = [self._gradient_bytes(index) for index in range(len(self.analysis.blocks))]
         self.residues = [residue(self.analysis, block) for block in self.analysis.blocks]
@@ -169,22 +171,8 @@ class MoveMaker:
         """What passes through left out; segments of the same shape (`name` and block kinds) are simulated once."""
         kinds = tuple(self.keys[index] for index in segment.span)
         if (name, kinds) not in self.costs:
-            period = _period(kinds)
-            if period is None:
-                self.costs[name, kinds] = segment_cost(self.facts, segment)
-            else:
-                self.costs[name, kinds] = self._extrapolated(name, segment, period)
+            self.costs[name, kinds] = segment_cost(self.facts, segment)
         return self.costs[name, kinds]
-
-    def _extrapolated(self, name: object, segment: Segment, period: int) -> Cost | None:
-        """A long run of repeating blocks costs what one period more adds to a shorter run."""
-        shorter, shortest = (replace(segment, first=segment.first + n * period) for n in (1, 2))
-        kept = segment.kept - frozenset(self.analysis.blocks[segment.first].live_in)
-        costs = [
-            self._own_cost(name, replace(s, kept=kept | frozenset(self.analysis.blocks[s.first].live_in)))
-            for s in (shorter, shortest)
-        ]
-        return None if costs[0] is None or costs[1] is None else _continued(costs[0], costs[1])
 
     def _keep_moves(self, index: int) -> list[Move]:
         if index not in self.keeps:
@@ -227,10 +215,28 @@ class MoveMaker:
 
     def _checkpoint_move(self, first: int, last: int) -> Move | None:
         if (first, last) not in self.checkpoints:
-            segment = self.checkpoint(first, last)
-            cost = self._cost("checkpoint", segment)
-            self.checkpoints[first, last] = None if cost is None else Move(segment, cost)
+            cost = self._recomputing(first, last)
+            self.checkpoints[first, last] = None if cost is None else Move(self.checkpoint(first, last), cost)
         return self.checkpoints[first, last]
+
+    def _recomputing(self, first: int, last: int) -> Cost | None:
+        """What a checkpoint costs: simulated, or told from the three within it where those were foretold as well."""
+        parts = [(first, last - 1), (first + 1, last), (first + 1, last - 1)]
+        alone = last - first < 2 or self._bypassed(first, last)
+        costs = [None] if alone else [self._checkpoint_cost(*part) for part in parts]
+        told = None if None in costs else foretold(*(cost for cost in costs if cost is not None))
+        if told is not None and self.foretold.issuperset(parts):
+            self.foretold.add((first, last))
+            return told
+        cost = self._cost("checkpoint", self.checkpoint(first, last))
+        if told is not None and cost is not None and are_close(told, cost):
+            self.foretold.add((first, last))
+        return cost
+
+    def _bypassed(self, first: int, last: int) -> bool:
+        """Whether the first and the last block share a value that the blocks between them do not touch."""
+        passing = self.facts.passing
+        return not passing(range(first + 1, last)) <= passing([first]) | passing([last])
 
     def _checkpoint_moves(self, last: int) -> list[Move]:
         found = (self._checkpoint_move(first, last) for first in range(last, max(-1, last - self.longest), -1))
@@ -345,26 +351,30 @@ def number(keys: Sequence[object]) -> list[int]:
     return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
-def _period(kinds: Sequence[int]) -> int | None:
-    """The period of a sequence that repeats at least four times, if it is 4 or less; two more may stand behind it."""
-    for period in range(1, 5):
-        for run in (kinds[: len(kinds) - behind] for behind in range(3)):
-            if len(run) >= 4 * period and all(a == b for a, b in zip(run, run[period:], strict=False)):
-                return period
-    return None
-
-
-def _continued(last: Cost, before: Cost) -> Cost:
-    """The next member of a sequence of costs that grows by the same amount each time."""
+def foretold(front: Cost, back: Cost, both: Cost) -> Cost:
+    """What a checkpoint costs by those without its last block, without its first, and without both."""
+    own = front.own + back.own - both.own
     return Cost(
-        own=2 * last.own - before.own,
-        border_in=last.border_in,
-        covers_in=last.covers_in,
-        covers_out=last.covers_out,
-        forward_peak=2 * last.forward_peak - before.forward_peak,
-        backward_peak=2 * last.backward_peak - before.backward_peak,
-        seconds=2 * last.seconds - before.seconds,
-        fragments=2 * last.fragments - before.fragments,
+        own=own,
+        border_in=front.border_in,
+        covers_in=front.covers_in,
+        covers_out=back.covers_out,
+        forward_peak=max(front.forward_peak, back.forward_peak - back.kept + own + front.border_in),
+        backward_peak=front.backward_peak + back.backward_peak - both.backward_peak,
+        seconds=front.seconds + back.seconds - both.seconds,
+    )
+
+
+def are_close(one: Cost, other: Cost) -> bool:
+    """Whether two costs are the same but for roundings."""
+    return (one.covers_in, one.covers_out) == (other.covers_in, other.covers_out) and all(
+        math.isclose(a, b, rel_tol=CLOSE)
+        for a, b in (
+            (one.kept, other.kept),
+            (one.forward_peak, other.forward_peak),
+            (one.backward_peak, other.backward_peak),
+            (one.seconds, other.seconds),
+        )
     )
 
 
