@@ -215,21 +215,23 @@ class MoveMaker:
 
     def _checkpoint_move(self, first: int, last: int) -> Move | None:
         if (first, last) not in self.checkpoints:
-            cost = self._recomputing(first, last)
-            self.checkpoints[first, last] = None if cost is None else Move(self.checkpoint(first, last), cost)
+            segment = self.checkpoint(first, last)
+            cost = self._recomputing(segment)
+            self.checkpoints[first, last] = None if cost is None else Move(segment, cost)
         return self.checkpoints[first, last]
 
-    def _recomputing(self, first: int, last: int) -> Cost | None:
+    def _recomputing(self, segment: Segment) -> Cost | None:
         """What a checkpoint costs: simulated, or told from the three within it where those were foretold as well."""
+        first, last = segment.first, segment.last
         parts = [(first, last - 1), (first + 1, last), (first + 1, last - 1)]
-        alone = last - first < 2 or self._bypassed(first, last)
-        costs = [None] if alone else [self._checkpoint_cost(*part) for part in parts]
-        told = None if None in costs else foretold(*(cost for cost in costs if cost is not None))
-        if told is not None and self.foretold.issuperset(parts):
-            self.foretold.add((first, last))
-            return told
-        cost = self._cost("checkpoint", self.checkpoint(first, last))
-        if told is not None and cost is not None and are_close(told, cost):
+        if last - first < 2 or self._bypassed(first, last):
+            return self._cost("checkpoint", segment)
+        front, back, both = (self._checkpoint_cost(*part) for part in parts)
+        if front is None or back is None or both is None:
+            return self._cost("checkpoint", segment)
+        told = foretold(front, back, both)
+        cost = told if self.foretold.issuperset(parts) else self._cost("checkpoint", segment)
+        if cost is not None and are_close(told, cost):
             self.foretold.add((first, last))
         return cost
 

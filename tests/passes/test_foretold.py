@@ -55,6 +55,7 @@ def test_told_costs_are_those_simulated(fresh_compiler: None, skips: bool) -> No
         move = maker._checkpoint_move(first, last)
         assert simulated is not None and move is not None
         assert are_close(move.cost, with_passing(maker.facts, segment, simulated)), (first, last)
+    assert len(maker.foretold) > len(spans) / 4
 
 
 def test_few_checkpoints_of_a_chain_are_simulated(fresh_compiler: None) -> None:
