@@ -18,6 +18,7 @@ from .passes.cost import Device, find_device
 from .passes.drift import Drift
 from .passes.inductor import lower, warm_up
 from .passes.lower import boxed_eager
+from .passes.sizes import advice
 from .report import Plan
 from .session import Certificates, Session, is_real, role_of
 from .sharing import share_memory
@@ -245,7 +246,10 @@ class CompiledStep:
         except BudgetError:
             if plan.measured_peak_bytes > (1 + SLIGHT) * (plan.budget_bytes or 0):
                 raise
-            warnings.warn("moonwalk: no plan needs less; training goes on, slightly above the budget", stacklevel=3)
+            hint = advice(value.device for value in arguments if isinstance(value, Tensor))
+            warnings.warn(
+                f"moonwalk: no plan needs less; training goes on, slightly above the budget{hint}", stacklevel=3
+            )
 
     def _check(self, arguments: Sequence[Any]) -> None:
         """Measure certificates again where the last ones may not hold, and now and then."""

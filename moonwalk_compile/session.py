@@ -31,7 +31,7 @@ from .passes.inverse.constants import Constants, computed, is_candidate
 from .passes.lower import Aim, Boxed, Half, Lowerer, as_boxed
 from .passes.plan import NoPlan, Planned, Planner
 from .passes.rewrite import to_halves
-from .passes.sizes import promised
+from .passes.sizes import left_unused, promised
 from .passes.solutions import Facts
 from .passes.timing import Clock, cache_folder
 from .passes.verify import verify, verify_certified
@@ -301,7 +301,8 @@ class Session:
         at most. Raises BudgetError when even the smallest plan does not fit.
         """
         limit = math.inf if self.options.budget is None else self.options.budget.resolve(plain.peak)
-        less, most, peak, settled = self.margin, 0, 0, None
+        spare = left_unused(limit, self._places())
+        less, most, peak, settled = self.margin + spare, 0, 0, None
         for attempt in range(rounds):
             last = attempt == rounds - 1 and settled is None
             planned = self._certified(planner, plain, int(limit) if last else less)
@@ -312,7 +313,7 @@ class Session:
             peak = (self._lower(planned, limit - self.margin) if self.lower else planned.peak) + self.margin
             if peak <= limit:
                 settled, most = (planned, self.forward, self.backward), less
-                less = peak - planned.peak
+                less = peak - planned.peak + spare
                 if self.cornered:  # between this plan and the budget the simulation saw none: look a bit further
                     less = min(less, peak - int(limit))
                 if not self._leaves_room(peak, limit) or planned is planner.loose:
@@ -324,8 +325,7 @@ class Session:
             if settled is not None and (attempt >= MORE or less >= most):
                 break
         if settled is None:
-            smallest = max((promised(peak, place) for place in self._places()), default=peak)
-            raise BudgetError(int(limit), smallest, pinned_tensors(planner, planned))
+            raise BudgetError(int(limit), promised(peak, self._places()), pinned_tensors(planner, planned))
         planned, self.forward, self.backward = settled
         return planned
 

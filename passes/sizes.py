@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, device
 
 # Of torch's caching allocator for CUDA: what it rounds up to, what it does not split off, and its segments.
 BLOCK, UNSPLIT, SEGMENT, LARGE, ROUNDED = 512, 1 << 20, 20 << 20, 10 << 20, 2 << 20
+EXPANDABLE = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
 LEFT = 0.01  # part of a peak by which what is left unsplit was seen to exceed its prediction
 
 
@@ -44,9 +46,23 @@ def allocated(size: int, place: device) -> int:
     return whole if whole - taken <= UNSPLIT else taken
 
 
-def promised(peak: int, place: device) -> int:
+def promised(peak: int, places: Iterable[device]) -> int:
     """A budget that a plan of this predicted peak keeps, whatever the allocator's state."""
-    return peak if place.type != "cuda" or expandable() else math.ceil(peak * (1 + LEFT))
+    return math.ceil(peak * (1 + LEFT)) if _leaves(places) else peak
+
+
+def left_unused(budget: float, places: Iterable[device]) -> int:
+    """The part of a budget that a plan should leave to the allocator: what is left keeps the budget as promised."""
+    return math.ceil(budget - budget / (1 + LEFT)) if _leaves(places) and budget < math.inf else 0
+
+
+def advice(places: Iterable[device]) -> str:
+    """What would make measured peaks on these devices the predicted ones; empty where nothing is left to do."""
+    return f"; with {EXPANDABLE} in the environment peaks are as predicted" if _leaves(places) else ""
+
+
+def _leaves(places: Iterable[device]) -> bool:
+    return any(place.type == "cuda" for place in places) and not expandable()
 
 
 def _rounded(size: int, unit: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moonwalk_compile import BudgetError, meter, moonwalk_compile
 from moonwalk_compile.measure import measure_step
+from moonwalk_compile.passes import sizes
 from moonwalk_compile.passes.workspace import watched
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -158,6 +159,21 @@ def test_a_budget_that_turns_out_to_be_out_of_reach() -> None:
     with pytest.warns(UserWarning, match="planning again"), pytest.raises(BudgetError) as found:
         step(model, x)
     assert found.value.smallest_peak_bytes > 64 * MIB
+
+
+def test_what_an_allocator_may_waste_is_left_free_where_a_plan_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; here it is a tenth."""
+    monkeypatch.setattr(sizes, "_leaves", lambda places: True)
+    monkeypatch.setattr(sizes, "LEFT", 1 / 9)
+    torch.manual_seed(0)
+    x = torch.randn(1024, 64)
+    with pytest.raises(BudgetError) as refused:
+        moonwalk_compile(Net(False), budget=1, lowering="eager")(x)
+    promised = refused.value.smallest_peak_bytes
+    for budget, part in ((2 * promised, 0.9), (promised, 0.901), (int(0.95 * promised), 1.0)):
+        model = moonwalk_compile(Net(False), budget=budget, lowering="eager")
+        model(x)
+        assert model.plan.peak_bytes <= part * budget
 
 
 def test_a_budget_missed_by_a_hair_at_the_smallest_peak_does_not_end_training(monkeypatch: pytest.MonkeyPatch) -> None:

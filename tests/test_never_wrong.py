@@ -156,7 +156,7 @@ class Attention(nn.Module):
         self.heads, self.dropout, self.causal = heads, dropout, causal
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        q, k, v = (t.view(*t.shape[:-1], self.heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, is_causal=self.causal)
         return x + self.out(y.transpose(1, 2).flatten(2))
 
@@ -268,7 +268,7 @@ class Noise(nn.Module):
         y = y + torch.randn_like(y) * y
         y = y * torch.bernoulli(torch.full_like(y, 0.5))
         y = F.rrelu(self.b(y), training=True)
-        return torch.sin(y) * torch.rand(6)
+        return torch.sin(y) * torch.rand(6, device=x.device)
 
 
 class Functional(nn.Module):
