@@ -73,10 +73,15 @@ class MoveMaker:
     def ending_at(self, last: int) -> list[Move]:
         """Every segment of an allowed strategy whose last block is `last`; of inverted chains this one block."""
         if last not in self.exact:
-            moves = [*self._keep_moves(last), *self._checkpoint_moves(last), *self._nested_moves(last)]
-            self.exact[last] = [move for move in moves if move.segment.strategy in self.strategies]
+            self.exact[last] = self._exact_moves(last)
         inverted = [self.inversion(last, last)] if self.reach[last] >= last else []
         return [*self.exact[last], *inverted, *(self._walks(last) if "moonwalk" in self.strategies else ())]
+
+    def _exact_moves(self, last: int) -> list[Move]:
+        moves = self._keep_moves(last) if "keep" in self.strategies else []
+        if "checkpoint" in self.strategies:
+            moves = [*moves, *self._checkpoint_moves(last), *self._nested_moves(last)]
+        return moves
 
     def segment(self, move: Move) -> Segment:
         """The segment of a chosen move, whole."""
@@ -279,7 +284,7 @@ class MoveMaker:
         moves = []
         for length in SPLITS[1:]:
             first = last - length + 1
-            if first < 0 or length > 4 * self.longest or "checkpoint" not in self.strategies:
+            if first < 0 or length > 4 * self.longest:
                 break
             outer = self.checkpoint(first, last)
             for option in self.nesting.options(first, last):
