@@ -95,13 +95,17 @@ class _Driver:
         self.flag_values: tuple[Any, ...] = ()  # when it was given up
         self.tried_out = False
         self.graphs = 0  # compiled for training
+        self.granted = 0  # bytes that the budget came to, at most
         self.warned = False
 
     def backend(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += needs_gradient(example_inputs)
-        return compile_graph(gm, example_inputs, self.options, self.set_plan)
+        options = self.options.granting(self.granted) if self.fullgraph else self.options
+        return compile_graph(gm, example_inputs, options, self.set_plan)
 
     def set_plan(self, plan: Plan | None) -> None:
+        if plan is not None:
+            self.granted = max(self.granted, plan.budget_bytes or 0)
         for model in self.shown_by:
             model.plan = plan  # type: ignore[assignment]
 

@@ -41,7 +41,7 @@ def describe(
         parameter_bytes=_bytes_of(analysis, "parameter"),
         buffer_bytes=_bytes_of(analysis, "buffer"),
         input_bytes=_bytes_of(analysis, "input"),
-        notes=_notes(planner, planned),
+        notes=_notes(planner, planned, options),
         timeline=(*forward.during, *backward.during),
         plain_timeline=(*plain.forward.during, *plain.backward.during),
         forward_length=len(forward.during),
@@ -61,10 +61,13 @@ def _bytes_of(analysis: Analysis, role: Role) -> int:
     return sum({value.storage: value.bytes for value in values if value.role == role}.values())
 
 
-def _notes(planner: Planner, planned: Planned) -> tuple[str, ...]:
+def _notes(planner: Planner, planned: Planned, options: Options) -> tuple[str, ...]:
+    notes = []
+    if options.budget is not None and options.budget.bytes is not None and options.budget.granted:
+        notes.append("the part of plain's peak cannot be met: the budget is what it came to for other inputs")
     if planner.uncertified(planned.segments):
-        return ("provisional: inversion is certified on real values at the first step, and may then be withdrawn",)
-    return ()
+        notes.append("provisional: inversion is certified on real values at the first step, and may then be withdrawn")
+    return tuple(notes)
 
 
 def _segment(planner: Planner, choice: Choice) -> Segment:

@@ -7,7 +7,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any
 
@@ -31,10 +31,14 @@ _BUDGET_TODO = 'write bytes (1073741824), a size ("512MiB", "1.5GB") or a part o
 
 @dataclass(frozen=True)
 class Budget:
-    """A bound on the peak: a number of bytes, or a fraction of plain backpropagation's peak. Exactly one is set."""
+    """A bound on the peak: a number of bytes, or a fraction of plain backpropagation's peak. Exactly one is set.
+
+    `granted` is what a fraction came to for other inputs: the bound where that of these inputs cannot be met.
+    """
 
     bytes: int | None = None
     fraction: Fraction | float | None = None
+    granted: int = 0
 
     def __post_init__(self) -> None:
         if (self.bytes is None) == (self.fraction is None):
@@ -133,6 +137,12 @@ class Options:
                 what = f"there is no option {name!r}{nearest(name, names)}"
                 raise OptionError("Unknown option", what, f"use one of {', '.join(names)}")
         return cls(**options)
+
+    def granting(self, size: int) -> Options:
+        """The same, with the bytes that a part of plain's peak came to for other inputs."""
+        if self.budget is None or self.budget.fraction is None:
+            return self
+        return replace(self, budget=replace(self.budget, granted=size))
 
 
 def nearest(name: object, valid: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from .describe import describe
 from .errors import BudgetError, OptionError
 from .meter import StepMeter
-from .options import Options
+from .options import Budget, Options
 from .passes._torch_compat import FakeTensor, InputMutationAOTOutput, PlainAOTInput, disable_current_modes
 from .passes.analysis import Analysis, analyse
 from .passes.capture import Capture, read_joint
@@ -294,7 +294,21 @@ class Session:
 
     # -- choosing ------------------------------------------------------------------------------------------------------
 
-    def _settle(self, planner: Planner, plain: Planned, rounds: int = 5) -> Planned:
+    def _settle(self, planner: Planner, plain: Planned) -> Planned:
+        """A plan within the budget, or within what the budget came to for other inputs.
+
+        The last batch of an epoch may be too small for its part of plain's peak, most of which is then gradients.
+        """
+        try:
+            return self._settled(planner, plain)
+        except BudgetError as error:
+            budget = self.options.budget
+            if budget is None or budget.granted <= error.budget_bytes:
+                raise
+            self.options = replace(self.options, budget=Budget(bytes=budget.granted, granted=budget.granted))
+            return self._settled(planner, plain)
+
+    def _settled(self, planner: Planner, plain: Planned, rounds: int = 5) -> Planned:
         """A plan that fits as lowered: where the generated code needs more than the budget, take that off and retry.
 
         Where it needs clearly less than was simulated, another plan may use what is left: planned again, `MORE` times

@@ -93,6 +93,7 @@ class TrainingStep:
         self.options, self.clip_norm = options, clip_norm
         self.updater = self._new_updater()
         self.plan: Plan | None = None
+        self.granted = 0  # bytes that the budget came to, at most
         self.graph_module: fx.GraphModule | None = None
         self._key: object = None
         self._compiled: Callable[..., Tensor] | None = None
@@ -113,9 +114,12 @@ class TrainingStep:
             with torch.enable_grad():
                 self._guarded(self._capture(lower=False), inputs)
         except PlanOnly as planned:
-            self.plan = planned.plan
+            self.told(planned.plan)
         assert self.plan is not None
         return self.plan
+
+    def told(self, plan: Plan) -> None:
+        self.plan, self.granted = plan, max(self.granted, plan.budget_bytes or 0)
 
     def _new_updater(self) -> Updater | None:
         return Updater(self.optimizer) if self.optimizer is not None and self.clip_norm is None else None
@@ -190,7 +194,7 @@ class _CompiledTraining(CompiledStep):
 
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], step: TrainingStep, lower: bool) -> None:
         self.step, self.lower = step, lower
-        super().__init__(gm, inputs, step.options, self._told)
+        super().__init__(gm, inputs, step.options.granting(step.granted), step.told)
 
     def _session(self, inputs: Sequence[Any], certificates: Certificates, margin: int) -> Session:
         return StepSession(
@@ -210,6 +214,3 @@ class _CompiledTraining(CompiledStep):
         assert isinstance(self.session, StepSession)
         self.step.graph_module = self.session.module
         return compiled
-
-    def _told(self, plan: Plan) -> None:
-        self.step.plan = plan

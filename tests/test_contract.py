@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moonwalk_compile import BudgetError, CaptureError, OptionError, moonwalk, moonwalk_compile
+from moonwalk_compile import BudgetError, CaptureError, OptionError, moonwalk, moonwalk_compile, training_step
 from moonwalk_compile.api import plan_only
 from moonwalk_compile.measure import gradient_error, gradients, measure_step
 from moonwalk_compile.options import Options
@@ -413,6 +413,33 @@ def test_more_input_sizes_than_are_compiled(monkeypatch: pytest.MonkeyPatch, bud
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert gradient_error(one_step(ours, x := torch.randn(3, 8)), one_step(base, x)) == 0
+
+
+@pytest.mark.parametrize("way", ["wrapper", "one step"])
+def test_a_part_of_plains_peak_and_a_last_batch_that_is_small(way: str):
+    """Nearly all of its peak are gradients: it may have what the larger batches had."""
+    base = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(6)))
+
+    def made() -> tuple[Any, Any]:
+        model = copy.deepcopy(base)
+        if way == "wrapper":
+            ours = eager(model, budget="70%", strategies=("keep", "checkpoint"))
+            return ours, lambda x: one_step(ours, x)
+        step = training_step(model, lambda y, _: y.square().sum(), None, budget="70%", lowering="eager")
+        return step, lambda x: (model.zero_grad(), step(x, x), gradients(model))[-1]
+
+    with pytest.raises(BudgetError):
+        made()[1](torch.randn(2, 64))
+    planned, run = made()
+    for rows in (2048, 2, 1024):
+        x = torch.randn(rows, 64)
+        assert gradient_error(run(x), one_step(base, x)) < 1e-6
+        if rows == 2048:
+            granted = planned.plan.budget_bytes
+        plan = planned.plan
+        own = int(0.7 * plan.plain_peak_bytes)
+        assert plan.peak_bytes <= plan.budget_bytes == (granted if rows == 2 else own)
+        assert any("other inputs" in note for note in plan.notes) == (rows == 2)
 
 
 # -- options and torch.compile -----------------------------------------------------------------------------------------
