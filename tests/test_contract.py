@@ -421,11 +421,11 @@ def test_a_part_of_plains_peak_and_a_last_batch_that_is_small(way: str):
     base = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(6)))
 
     def made() -> tuple[Any, Any]:
-        model = copy.deepcopy(base)
+        model, given = copy.deepcopy(base), {"budget": "70%", "strategies": ("keep", "checkpoint")}
         if way == "wrapper":
-            ours = eager(model, budget="70%", strategies=("keep", "checkpoint"))
+            ours = eager(model, **given)
             return ours, lambda x: one_step(ours, x)
-        step = training_step(model, lambda y, _: y.square().sum(), None, budget="70%", lowering="eager")
+        step = training_step(model, lambda y, _: y.square().sum(), None, lowering="eager", **given)
         return step, lambda x: (model.zero_grad(), step(x, x), gradients(model))[-1]
 
     with pytest.raises(BudgetError):
