@@ -201,18 +201,28 @@ def _rehearse(block: nn.Module, function: Callable[..., Any], args: Any, kwargs:
 
 
 def try_out(model: nn.Module, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    """Call `function` without gradients and leave tensors and random numbers as they were. What it raises is the
-    user's own error; what `model` sets up in its first call is there then."""
+    """Call `function` and leave tensors and random numbers as they were. What it raises is the user's own error; what
+    `model` sets up in its first call is there then. It runs without gradients, and with them if it does not so: some
+    models differentiate within their forward pass."""
+    try:
+        with torch.no_grad():
+            _leaving_no_trace(model, function, args, kwargs)
+    except Exception:
+        with torch.enable_grad():
+            _leaving_no_trace(model, function, args, kwargs)
+
+
+def _leaving_no_trace(model: nn.Module, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
     randomness = _Randomness.of(_tensors((args, kwargs)))
     before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     copied, named = tree_map(_copied, (args, kwargs))
-    with torch.no_grad():
-        try:
-            function(*copied, **named)
-        finally:
+    try:
+        function(*copied, **named)
+    finally:
+        with torch.no_grad():
             for buffer, value in before:
                 buffer.copy_(value)
-            randomness.restore()
+        randomness.restore()
 
 
 def _copied(leaf: Any) -> Any:

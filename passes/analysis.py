@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import chain, count
 from typing import Any
 
 from torch import Tensor
@@ -148,16 +149,24 @@ class _Packer:
         self.capture, self.device = capture, device
         self.values = list(capture.graph.values)
         self.fakes = {value.index: capture.fake(value.index) for value in capture.graph.values}
+        self.names = {value.name for value in self.values}
         self.traces: dict[Any, Any] = {}
         self.watches: dict[int, Watch] = {}
 
     def add_value(self, like: int, fake: Any, suffix: str, stage: Stage) -> int:
         index = len(self.values)
-        name = f"{self.values[like].name}_{suffix}"
+        name = self._new_name(f"{self.values[like].name}_{suffix}")
         shape, dtype = tuple(fake.shape), str(fake.dtype).removeprefix("torch.")
         self.values.append(Value(index, name, storage_bytes(fake), index, shape, dtype, "computed", stage))
         self.fakes[index] = fake
         return index
+
+    def _new_name(self, wanted: str) -> str:
+        """A value may be packed in several ways; arguments of generated functions are named after their values."""
+        numbered = (f"{wanted}_{number}" for number in count(1))
+        name = next(name for name in chain([wanted], numbered) if name not in self.names)
+        self.names.add(name)
+        return name
 
     def trace(self, key: Any, function: Callable[..., Any], *inputs: Any) -> Any:
         """`trace_operations`, once for inputs of equal layout; `key` stands for the function."""

@@ -288,6 +288,31 @@ class Functional(nn.Module):
         return torch.where(z > 0.5, z, values.cumsum(1)) * order + y.max(1, keepdim=True).values
 
 
+class Routed(nn.Module):
+    """Chooses by one-hot codes, which check their input and give nothing back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.a, self.b = nn.Linear(6, 2), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.gate(x)
+        chosen = F.one_hot(gates.argmax(1), 2) * gates.softmax(1)
+        return chosen[:, :1] * torch.tanh(self.a(x)) + chosen[:, 1:] * self.b(x)
+
+
+class TwoSigns(nn.Module):
+    """Of one value, two backward passes read the sign, each in a way of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.a(x))
+        return self.b(x.sign() * x + x.abs())
+
+
 def transformer(dropout: float = 0.0) -> nn.Module:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout, "gelu", batch_first=True, norm_first=True)
     return nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
@@ -384,6 +409,8 @@ CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
     "orthogonal chain": lambda: (orthogonal_chain(), (floats(16, 8),)),
     "couplings": lambda: (Couplings(), (floats(16, 8),)),
     "couplings with dropout": lambda: (Couplings(0.3), (floats(16, 8),)),
+    "one-hot": lambda: (Routed(), (floats(32, 6),)),
+    "two signs": lambda: (TwoSigns(), (floats(64, 16),)),
 }
 
 

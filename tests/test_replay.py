@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import warnings
@@ -252,3 +253,41 @@ def test_only_where_checkpoints_are_allowed():
 def test_with_a_budget_it_is_an_error():
     with pytest.raises(CaptureError):
         step(moonwalk_compile(Stack(), budget="50%", lowering="eager"), torch.randn(64, 8))
+
+
+class Force(nn.Module):
+    """An energy and the forces that follow from it: the model differentiates within its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 1))
+
+    def forward(self, places: Tensor) -> Tensor:
+        places = places.requires_grad_()
+        energy = self.net(places).sum()
+        (slope,) = torch.autograd.grad(energy, places, create_graph=True)
+        return energy.square() + slope.square().mean()
+
+
+class KeepsGradient(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 16), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features = self.a(x).tanh()
+        self.features.retain_grad()
+        return self.b(self.features).square().mean()
+
+
+@pytest.mark.parametrize("build", [Force, KeepsGradient])
+def test_what_needs_gradients_to_run_at_all_trains_plain(build: type[nn.Module]) -> None:
+    base = build()
+    ours = moonwalk_compile(copy.deepcopy(base), lowering="eager")
+    for model in (base, ours):
+        with pytest.warns(UserWarning, match="trains plain") if model is ours else contextlib.nullcontext():
+            model(torch.linspace(-1, 1, 12).view(4, 3)).backward()
+    for mine, theirs in zip(ours.parameters(), base.parameters(), strict=True):
+        assert mine.grad.equal(theirs.grad)
+    with pytest.raises(CaptureError):
+        moonwalk_compile(build(), budget="90%", lowering="eager")(torch.randn(4, 3))

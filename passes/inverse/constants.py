@@ -71,7 +71,9 @@ def computed(capture: Capture, anywhere: bool = False) -> dict[int, Tensor]:
     for edge in capture.graph.stage_edges("forward"):
         fakes = [capture.fake(value) for value in edge.gives]
         made = all(isinstance(o.target, OpOverload) or o.target is getitem for o in edge.operations)
-        small = all((anywhere or fake.device.type == "cpu") and fake.numel() <= LARGEST for fake in fakes)
+        small = all(
+            isinstance(f, Tensor) and (anywhere or f.device.type == "cpu") and f.numel() <= LARGEST for f in fakes
+        )
         if fakes and made and small and not edge.random and not edge.effect and found.keys() >= {*edge.needs}:
             here = _on_cpu(edge) if anywhere else edge
             found.update(zip(edge.gives, run_edge(here, [found[value] for value in edge.needs]), strict=True))
