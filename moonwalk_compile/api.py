@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .backend import compile_graph, device_of, needs_gradient, run_autograd
-from .errors import BudgetError, CaptureError, MoonwalkError
+from .errors import BudgetError, CaptureError, MoonwalkError, UsageError
 from .front import CHECKPOINT, Front, points_of, undominated
 from .options import Budget, Options
 from .passes._torch_compat import (
@@ -70,15 +70,23 @@ def moonwalk_compile(
     `model.plan` is the `Plan` of the latest compilation (None before the first). Raises OptionError for a bad option;
     BudgetError where a budget cannot be met; with a budget, CaptureError where the model cannot be captured.
     """
-    options = Options(budget, max_slowdown, tuple(strategies), tolerance, lowering, profile)  # type: ignore[arg-type]
+    check_model(model)
+    options = Options(budget, max_slowdown, strategies, tolerance, lowering, profile)  # type: ignore[arg-type]
     inner = model.module if isinstance(model, DistributedDataParallel) else model  # gradients meet outside of the step
     driver = _Driver(inner, options, fullgraph, {inner, model})
     driver.compiled = compiled_call(inner, driver.backend, fullgraph)
     if lowering == "inductor":
         driver.inference = compiled_call(inner, "inductor", dynamic=None)
     inner._compiled_call_impl = driver
-    driver.set_plan(None if example_inputs is None else plan_only(inner, tuple(example_inputs), options))
+    given = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
+    driver.set_plan(None if given is None else plan_only(inner, tuple(given), options))
     return model
+
+
+def check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise UsageError("There is no model to compile", f"{kind} was given", "pass a model, an object of nn.Module")
 
 
 class _Driver:

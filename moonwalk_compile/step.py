@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from .api import TOO_MANY_SIZES, first_line, unwrap
+from .api import TOO_MANY_SIZES, check_model, first_line, unwrap
 from .backend import ByGradients, CompiledStep
 from .errors import CaptureError, MoonwalkError, OptionError, UsageError
 from .options import Options
@@ -64,7 +64,7 @@ def training_step(
     Raises UsageError for an optimizer that cannot update parameters one at a time, OptionError for a bad option; when
     it plans, BudgetError for a budget that cannot be met and CaptureError for a model that cannot be captured.
     """
-    options = Options(budget, max_slowdown, tuple(strategies), tolerance, lowering, profile)  # type: ignore[arg-type]
+    options = Options(budget, max_slowdown, strategies, tolerance, lowering, profile)  # type: ignore[arg-type]
     step = TrainingStep(model, loss_fn, optimizer, options, clip_norm)
     if example_inputs is not None:
         step.prepare(*example_inputs)
@@ -179,6 +179,7 @@ class TrainingStep:
 
 def check_call(model: nn.Module, optimizer: Optimizer | None, clip_norm: float | None) -> None:
     """Raise UsageError for what is wrong whatever the model computes."""
+    check_model(model)
     if model._compiled_call_impl is not None:
         raise UsageError(TITLE, "the model has been compiled already", "pass the model as it was before")
     if any(isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) for module in model.modules()):

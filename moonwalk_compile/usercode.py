@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import MoonwalkError, UsageError
+from .replay import try_out
 
 # Packages whose frames are never the user's: torch calls the user's code, the compiler calls the others.
 _LIBRARIES = ("torch", "networkx", "numpy", "sympy", "tabulate", "matplotlib")
@@ -32,7 +33,7 @@ def reporting_user_code(doing: str, place: str | None = None) -> Iterator[None]:
         todo = 'keep the script\'s own work under `if __name__ == "__main__":`'
         raise UsageError("The model's code exits", what, todo, where=user_line(error) or place) from error
     except Exception as error:
-        where = user_line(error) or place
+        where = user_line(error) or place or plain_run(error)
         if where is None:
             raise
         what = f"{type(error).__name__}: {_first_paragraph(error)}"
@@ -50,6 +51,13 @@ def user_line(error: BaseException) -> str | None:
             return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}"
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def plain_run(error: BaseException) -> str | None:
+    """Where nothing but the model has run, as it is; a model of torch's own modules has no lines of the user's."""
+    own = (_OWN_FOLDER / "replay.py").as_posix()
+    names = {frame.name for frame in _frames(error) if Path(frame.filename).resolve().as_posix() == own}
+    return "the model's forward pass, run as it is" if try_out.__name__ in names else None
 
 
 def _frames(error: BaseException) -> list[traceback.FrameSummary]:

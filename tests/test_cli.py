@@ -350,6 +350,17 @@ def test_an_error_that_dynamo_found(models, planner, capsys):
     assert "in forward" in err and models in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("command", ["plan", "bench"])
+def test_an_input_of_the_wrong_size_for_modules_of_torch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """None of the user's own lines has run; it is the user's mistake all the same."""
+    model = tmp_path / "layers.py"
+    model.write_text("from torch import nn\n\ndef build():\n    return nn.Sequential(nn.Linear(4, 4), nn.ReLU())\n")
+    assert main([command, f"{model}:build", "--input", "f32[3,5]", "--lowering", "eager"]) == 2
+    assert "the model's forward pass" in capsys.readouterr().err
+
+
 IMPORTS = {
     "def f(:\n": "SyntaxError",
     "import moonwalk_no_such_module\n": "moonwalk_no_such_module",

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moonwalk_compile import BudgetError, CaptureError, OptionError, moonwalk, moonwalk_compile, training_step
+from moonwalk_compile import (
+    BudgetError,
+    CaptureError,
+    OptionError,
+    UsageError,
+    moonwalk,
+    moonwalk_compile,
+    training_step,
+)
 from moonwalk_compile.api import plan_only
 from moonwalk_compile.measure import gradient_error, gradients, measure_step
 from moonwalk_compile.options import Options
@@ -442,7 +450,25 @@ def test_a_part_of_plains_peak_and_a_last_batch_that_is_small(way: str):
         assert any("other inputs" in note for note in plan.notes) == (rows == 2)
 
 
+@pytest.mark.parametrize("wrong", [nn.Linear, lambda x: x, None])
+def test_what_is_no_model(wrong: Any):
+    with pytest.raises(UsageError, match="no model to compile"):
+        moonwalk_compile(wrong)
+    with pytest.raises(UsageError, match="no model to compile"):
+        training_step(wrong, None, None)
+    nn.Linear(2, 2)(torch.randn(1, 2))
+
+
 # -- options and torch.compile -----------------------------------------------------------------------------------------
+
+
+def test_one_strategy_and_one_input_need_no_list():
+    base = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    ours = eager(copy.deepcopy(base), strategies="keep", example_inputs=torch.randn(4, 8))
+    assert {segment.strategy for segment in ours.plan.segments} == {"keep"}
+    for wrong in (None, "kepe", 3):
+        with pytest.raises(OptionError, match="strategies"):
+            eager(copy.deepcopy(base), strategies=wrong)
 
 
 def test_an_unknown_option_names_the_nearest():
