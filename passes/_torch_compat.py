@@ -78,10 +78,14 @@ def in_own_frame(
 
 
 def capturing() -> AbstractContextManager[None]:
-    """Each size of the inputs is compiled, and what writes to logs is left out of the graph instead of breaking it."""
+    """Each size of the inputs is compiled, hooks that are set or removed later are seen, and what writes to logs is left
+    out of the graph instead of breaking it."""
     silent = dynamo_config.ignore_logging_functions | _logging_methods()
     found: AbstractContextManager[None] = dynamo_config.patch(
-        recompile_limit=SIZES, accumulated_recompile_limit=4 * SIZES, ignore_logging_functions=silent
+        recompile_limit=SIZES,
+        accumulated_recompile_limit=4 * SIZES,
+        ignore_logging_functions=silent,
+        skip_nnmodule_hook_guards=False,
     )
     return found
 

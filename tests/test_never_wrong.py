@@ -650,6 +650,21 @@ def test_other_batch_sizes(plan: str):
     assert DEVICE != "cpu" or peaks[12] > peaks[6] > peaks[2]  # a GPU's allocator takes the same for some
 
 
+def test_hooks_that_are_set_and_removed_between_steps():
+    model = nn.Sequential(Block(6), Block(6), Block(6))
+    ours, x = compiled(model, **PLANS["checkpoint"]), floats(7, 6)
+    for change in ("none", "doubled", "moved", "none"):
+        hooks = []
+        for net in (model, ours):
+            if change == "doubled":
+                hooks.append(net[1].register_forward_hook(lambda module, inputs, output: 2 * output))
+            elif change == "moved":
+                hooks.append(net[2].up.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,)))
+        assert_same(step(ours, (x,)), step(model, (x,)), bitwise=True)
+        for hook in hooks:
+            hook.remove()
+
+
 def test_eval_and_no_grad_between_steps():
     model = nn.Sequential(normalised(), Block(6, 0.3), Block(6, 0.3))
     ours, x = compiled(model, **PLANS["checkpoint"]), floats(7, 6)
