@@ -78,8 +78,8 @@ def in_own_frame(
 
 
 def capturing() -> AbstractContextManager[None]:
-    """Each size of the inputs is compiled, hooks that are set or removed later are seen, and what writes to logs is left
-    out of the graph instead of breaking it."""
+    """Each size of the inputs is compiled, hooks are seen also when they are set or removed later, and what writes to
+    logs is left out of the graph instead of breaking it."""
     silent = dynamo_config.ignore_logging_functions | _logging_methods()
     found: AbstractContextManager[None] = dynamo_config.patch(
         recompile_limit=SIZES,
