@@ -55,9 +55,9 @@ def user_line(error: BaseException) -> str | None:
 
 def plain_run(error: BaseException) -> str | None:
     """Where nothing but the model has run, as it is; a model of torch's own modules has no lines of the user's."""
-    own = (_OWN_FOLDER / "replay.py").as_posix()
-    names = {frame.name for frame in _frames(error) if Path(frame.filename).resolve().as_posix() == own}
-    return "the model's forward pass, run as it is" if try_out.__name__ in names else None
+    code = try_out.__code__
+    inside = any((frame.filename, frame.name) == (code.co_filename, code.co_name) for frame in _frames(error))
+    return "the model's forward pass, run as it is" if inside else None
 
 
 def _frames(error: BaseException) -> list[traceback.FrameSummary]:

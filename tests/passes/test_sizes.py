@@ -35,7 +35,7 @@ def usual_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_is_asked_for_and_taken(asked: int, taken: int) -> None:
     assert allocated(asked, CUDA) == taken
-    assert allocated(asked, torch.device("cpu")) == asked
+    assert allocated(asked, CPU) == asked
 
 
 def test_room_for_what_is_left_unsplit() -> None:
