@@ -63,10 +63,11 @@ def _pack_by_numpy(flat: Tensor, masks: Callable[[Any], Sequence[Any]], count: i
     """The bits of `count` masks, one mask after the other. They are made piece by piece: on a CPU that is several
     times faster than torch's own comparisons."""
     packed = torch.empty((flat.numel() + 7) // 8 * count, dtype=torch.uint8)
-    rows = (row.split(CACHED // 8) for row in packed.chunk(count))
-    for piece, *bits in zip(flat.split(CACHED), *rows, strict=True):
-        for mask, row in zip(masks(piece.numpy()), bits, strict=True):
-            row.numpy()[:] = np.packbits(mask, bitorder="little")
+    values, rows = flat.numpy(), packed.numpy().reshape(count, -1)
+    for start in range(0, len(values), CACHED):
+        for row, mask in zip(rows, masks(values[start : start + CACHED]), strict=True):
+            bits = np.packbits(mask, bitorder="little")
+            row[start // 8 : start // 8 + len(bits)] = bits
     return packed
 
 
@@ -91,9 +92,10 @@ def _mask(source: Any, low: float, high: float | None) -> Any:
 
 @lru_cache(maxsize=64)
 def _rows(high: float, low: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The eight values that each of the 256 bytes stands for."""
+    """The eight values that each of the 256 bytes stands for; those of a byte each as one word."""
     bits = (torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1
-    return torch.tensor([low, high], dtype=torch.float64)[bits].to(device=device, dtype=dtype)
+    rows = torch.tensor([low, high], dtype=torch.float64)[bits].to(device=device, dtype=dtype)
+    return rows.view(torch.int64).view(-1) if dtype.itemsize == 1 else rows
 
 
 def _unpack(packed: Tensor, size: Sequence[int], high: float, low: float, dtype: torch.dtype) -> Tensor:
@@ -101,8 +103,9 @@ def _unpack(packed: Tensor, size: Sequence[int], high: float, low: float, dtype:
     kernels = _kernels(packed.device)
     if kernels is not None:
         return kernels.unpack(packed, size, high, low, dtype)
-    rows = _rows(high, low, dtype, packed.device).index_select(0, packed.int())
-    return rows.view(-1)[: math.prod(size)].view(list(size))
+    found = _rows(high, low, dtype, packed.device).index_select(0, packed.int()).view(dtype).view(-1)
+    count = math.prod(size)
+    return (found if count == len(found) else found[:count]).view(size)
 
 
 def _pack_signs(source: Tensor) -> Tensor:
@@ -223,3 +226,5 @@ strict_sign = torch.ops.moonwalk_compile.strict_sign
 take_marked = torch.ops.moonwalk_compile.take_marked
 put_marked = torch.ops.moonwalk_compile.put_marked
 unpack_two = torch.ops.moonwalk_compile.unpack_two
+PACKING = (pack_bits.default, pack_signs.default)
+UNPACKING = (unpack_two.default, unpack_signs.default)

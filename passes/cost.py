@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
 from ._torch_compat import disable_current_modes, tree_flatten, tree_map
-from .bits import pack_bits, pack_signs, unpack_signs, unpack_two
+from .bits import PACKING, UNPACKING, pack_bits, unpack_two
 from .graph import Edge, Operation
 from .trials import Like
 
@@ -38,6 +38,7 @@ class Device:
     random: float = 5e11  # random numbers drawn per second
     packed: float = math.inf  # elements per second
     unpacked: float = math.inf
+    bits: float = 0.0  # seconds of overhead of a call that packs or unpacks, beside that of any call
     wider: tuple[float, float, float] | None = None
     datasheet: bool = True
     fused: bool = False
@@ -65,7 +66,7 @@ DEVICES: dict[str, Device] = {
     "l4": _card("l4", 60e12, (30e12, 20e12, 0.4e12), 0.3e12, 1e12),
     "rtx4090": _card("rtx4090", 80e12, (40e12, 60e12, 1e12), 1.0e12, 2e12),
     "cuda": _card("cuda", 160e12, (80e12, 15e12, 15e12), 2.0e12, 3e12),
-    "cpu": Device("cpu", 1e11, 1e10, 5e-6, 5e8, 2e8, packed=4e9, unpacked=2e9),
+    "cpu": Device("cpu", 1e11, 1e10, 5e-6, 5e8, 2e8, packed=6e9, unpacked=4e9, bits=5e-5),
 }
 
 # Elementwise work that arithmetic, not memory, bounds on a CPU: seconds per element relative to GELU.
@@ -211,11 +212,11 @@ def _row_seconds(operation: Operation, device: Device) -> float:
 
 def _bit_seconds(operation: Operation, device: Device) -> float:
     """For elements that go into bits, or come from them."""
-    if operation.target in (pack_bits.default, pack_signs.default):
-        return 8 * sum(operation.new) / device.packed
-    if operation.target in (unpack_two.default, unpack_signs.default):
+    if operation.target in PACKING:
+        return device.bits + 8 * sum(operation.new) / device.packed
+    if operation.target in UNPACKING:
         bits = 1 if operation.target is unpack_two.default else 2  # of two, one is looked at and rarely read
-        return 8 * (operation.moved - sum(operation.new)) / bits / device.unpacked
+        return device.bits + 8 * (operation.moved - sum(operation.new)) / bits / device.unpacked
     return 0.0
 
 
@@ -263,6 +264,7 @@ def _calibrate() -> Device:
     bits = pack_bits(mask)
     packed = _seconds(lambda: pack_bits(mask))
     unpacked = _seconds(lambda: unpack_two(bits, [mask.numel()], 1.0, 0.0, torch.bool))
+    few = _seconds(lambda: unpack_two(pack_bits(mask[:8]), [8], 1.0, 0.0, torch.bool)) / 2
     return Device(
         "cpu",
         flops=2 * 768**3 / product,
@@ -270,8 +272,9 @@ def _calibrate() -> Device:
         overhead=call,
         transcendental=curved.numel() / special,
         random=1.25 * medium.numel() / drawn,  # the mask is counted with the numbers
-        packed=mask.numel() / packed,
-        unpacked=mask.numel() / unpacked,
+        packed=mask.numel() / max(packed - few, packed / 2),
+        unpacked=mask.numel() / max(unpacked - few, unpacked / 2),
+        bits=few,
         datasheet=False,
     )
 

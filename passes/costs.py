@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from .analysis import Analysis
+from .bits import PACKING
 from .blocks import Block
-from .cost import base_name
+from .cost import base_name, operation_seconds
 from .emit import BackwardEmitter, ForwardEmitter, Segment, Unreachable, kept_whole
 from .fusion import program_seconds
 from .graph import Edge, Ref
@@ -98,6 +99,7 @@ def segment_cost(facts: Facts, segment: Segment) -> Cost | None:
         backward_peak=simulated(facts, backward).peak,
         seconds=program_seconds(backward, analysis.graph, analysis.device)
         + _handed_on_seconds(facts, segment, backward)
+        + _packing_seconds(facts, forward)
         - sum(facts.seconds(index)[1] for index in segment.span),
         fragments=_fragment_bytes(facts, segment),
     )
@@ -111,6 +113,15 @@ def _handed_on_seconds(facts: Facts, segment: Segment, backward: Program) -> flo
     solution = facts.sweep(segment.last)
     edges = solution.program(facts.analysis.blocks[segment.last].live_out)
     return sum(edge.seconds for edge in edges if not there.issuperset(edge.gives))
+
+
+def _packing_seconds(facts: Facts, forward: Program) -> float:
+    """What the forward pass of a segment takes to pack what is kept as bits, which no block does by itself."""
+    return sum(
+        operation_seconds(instruction.operation, facts.analysis.device)
+        for instruction in forward.instructions
+        if instruction.operation.target in PACKING
+    )
 
 
 def _fragment_bytes(facts: Facts, segment: Segment) -> int:

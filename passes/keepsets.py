@@ -8,7 +8,6 @@ import networkx as nx
 
 from .analysis import Analysis
 from .blocks import Block
-from .emit import stored
 from .graph import Edge
 
 _FOREVER = float("inf")
@@ -29,7 +28,7 @@ def min_cut_keep(analysis: Analysis, block: Block, price: float) -> frozenset[in
         cut.add_edge("source", ("A", _root(analysis, value)), capacity=_FOREVER)
     for value in wanted | {need for edge in edges.values() for need in edge.needs}:
         if value not in analysis.graph.static:
-            _add_value(analysis, cut, value, edges)
+            _add_value(analysis, cut, value, edges, price)
     if "source" not in cut:
         return frozenset()
     cut.add_node("sink")
@@ -51,11 +50,35 @@ def _candidates(analysis: Analysis, edges: dict[int, Edge], wanted: set[int]) ->
     return (value for value in sorted(seen) if value not in analysis.graph.static)
 
 
-def _add_value(analysis: Analysis, cut: nx.DiGraph, value: int, edges: dict[int, Edge]) -> None:
+def _kept_bytes(analysis: Analysis, value: int, price: float) -> float:
+    """What keeping a value costs, as bits or as it is."""
+    saved, seconds = _packing(analysis, value)
+    return float(_bytes(analysis, value) - max(saved - seconds * price, 0))
+
+
+def _packing(analysis: Analysis, value: int) -> tuple[int, float]:
+    """The bytes that packing a value saves, and the seconds that it takes. What is overwritten has to be copied."""
+    pack = analysis.packs.get(value)
+    if pack is None:
+        return 0, 0.0
+    saved = _bytes(analysis, value) - _bytes(analysis, pack.kept)
+    overwritten = analysis.graph.values[value].storage in analysis.graph.mutated
+    return saved, 0.0 if overwritten else pack.encode.seconds + pack.decode.seconds
+
+
+def _bytes(analysis: Analysis, value: int) -> int:
+    return analysis.graph.values[analysis.graph.values[value].storage].bytes
+
+
+def not_packed(analysis: Analysis, kept: Iterable[int], price: float) -> frozenset[int]:
+    """What to keep as it is though it could be kept as bits, when a second costs `price` bytes."""
+    costs = {value: _packing(analysis, value) for value in kept if value in analysis.packs}
+    return frozenset(value for value, (saved, seconds) in costs.items() if seconds and saved < seconds * price)
+
+
+def _add_value(analysis: Analysis, cut: nx.DiGraph, value: int, edges: dict[int, Edge], price: float) -> None:
     root = _root(analysis, value)
-    twin = stored(analysis, root)
-    size = analysis.graph.values[analysis.graph.values[twin].storage].bytes
-    cut.add_edge(("A", root), ("R", root), capacity=float(size) + 1e-3)
+    cut.add_edge(("A", root), ("R", root), capacity=_kept_bytes(analysis, root, price) + 1e-3)
     if root not in edges:
         cut.add_edge(("R", root), "sink", capacity=_FOREVER)
 
@@ -71,12 +94,13 @@ def _add_recomputation(analysis: Analysis, cut: nx.DiGraph, edge: Edge, price: f
                 cut.add_edge(("R", root), ("A", _root(analysis, need)), capacity=_FOREVER)
 
 
-def keep_sets(analysis: Analysis, block: Block, prices: Iterable[float]) -> list[frozenset[int]]:
-    """The distinct kept sets over `prices` (bytes per second), from keeping everything to keeping least."""
-    found: dict[frozenset[int], None] = {frozenset(_everything(analysis, block)): None}
+def keep_sets(analysis: Analysis, block: Block, prices: Iterable[float]) -> list[tuple[frozenset[int], float]]:
+    """The distinct kept sets over `prices` (bytes per second), from keeping everything to keeping least, each with the
+    highest price at which it is the cheapest."""
+    found = {frozenset(_everything(analysis, block)): _FOREVER}
     for price in sorted(prices, reverse=True):
-        found.setdefault(min_cut_keep(analysis, block, price), None)
-    return list(found)
+        found.setdefault(min_cut_keep(analysis, block, price), price)
+    return list(found.items())
 
 
 def _everything(analysis: Analysis, block: Block) -> Iterator[int]:

@@ -15,7 +15,7 @@ from .certificates import TRUSTED, Certificate, Noise, reach
 from .costs import Cost, segment_cost, signature, storages, with_passing
 from .emit import Segment, stored
 from .inverse import INVERTED
-from .keepsets import keep_sets
+from .keepsets import keep_sets, not_packed
 from .nesting import SPLITS, Nesting, Piece, Unit, segments_of
 from .solutions import Facts, drawn, residue
 
@@ -45,7 +45,7 @@ class MoveMaker:
         self.strategies, self.tolerance = tuple(strategies), tolerance
         self.certificates: dict[tuple[str, int], Certificate] = {}
         self.costs: dict[object, Cost | None] = {}
-        self.keep_positions: dict[int, list[tuple[int, ...]]] = {}
+        self.keep_positions: dict[int, list[tuple[tuple[int, ...], float]]] = {}  # with prices, by kind of block
         self.exact: dict[int, list[Move]] = {}  # by last block: what no certificate changes
         self.keeps: dict[int, list[Move]] = {}
         self.checkpoints: dict[tuple[int, int], Move | None] = {}  # by first and last block
@@ -138,13 +138,9 @@ class MoveMaker:
 
     def plain(self, index: int) -> Segment:
         """One block under plain backpropagation: all that its backward pass reads is kept, and as it is."""
-        kept = self._keep_sets(index)[0] | drawn(self.analysis, self.analysis.blocks[index])
-        return Segment(index, index, "keep", kept, whole=self._packable(kept))
-
-    def _packable(self, kept: Iterable[int]) -> frozenset[int]:
-        """What could be kept as bits. (Of what is overwritten a copy has to be kept.)"""
-        values, mutated = self.analysis.graph.values, self.analysis.graph.mutated
-        return frozenset(v for v in kept if v in self.analysis.packs and values[v].storage not in mutated)
+        everything, price = self._keep_sets(index)[0]
+        kept = everything | drawn(self.analysis, self.analysis.blocks[index])
+        return Segment(index, index, "keep", kept, whole=not_packed(self.analysis, kept, price))
 
     def checkpoint(self, first: int, last: int) -> Segment:
         """These blocks computed again in one go."""
@@ -185,22 +181,22 @@ class MoveMaker:
         return self.keeps[index]
 
     def _made_keep_moves(self, index: int) -> list[Move]:
-        """What could be kept as bits is; behind these moves stand those that keep everything, and as it is."""
+        """What could be kept as bits is; behind these moves stand those that pack only what is worth its time."""
         sets = self._keep_sets(index)
-        ways = [*((position, kept, True) for position, kept in enumerate(sets)), (0, sets[0], False)]
+        ways = [*((kept, 0.0) for kept, _ in sets), *sets]
         moves = (self._keep_move(index, *way, anchored) for way in ways for anchored in (False, True))
         return [move for move in moves if move is not None]
 
-    def _keep_move(self, index: int, position: int, kept: frozenset[int], packs: bool, anchored: bool) -> Move | None:
+    def _keep_move(self, index: int, kept: frozenset[int], price: float, anchored: bool) -> Move | None:
         """One of the kept sets of a block, `anchored` with all that enters it; None where the move adds nothing."""
         block = self.analysis.blocks[index]
         entering = frozenset(block.live_in if anchored else ())
         values = self._with_borders(kept | entering | drawn(self.analysis, block), block)
-        whole = frozenset() if packs else self._packable(values)
-        if not (packs or whole):
+        whole = not_packed(self.analysis, values, price)
+        if price and not whole:
             return None
         segment = Segment(index, index, "keep", values, whole=whole)
-        cost = self._cost(("keep", position, anchored, packs), segment)
+        cost = self._cost(("keep", self._positions(kept, index), price, anchored), segment)
         return Move(segment, cost) if cost is not None and (cost.covers_in or not anchored) else None
 
     def _with_borders(self, kept: frozenset[int], block: Block) -> frozenset[int]:
@@ -208,15 +204,15 @@ class MoveMaker:
         charges, there = self.analysis.charges, storages(self.analysis, kept)
         return kept | {value for value in (*block.live_in, *block.live_out) if charges[value][0] in there}
 
-    def _keep_sets(self, index: int) -> list[frozenset[int]]:
+    def _keep_sets(self, index: int) -> list[tuple[frozenset[int], float]]:
         kind = self.keys[index]
         if kind not in self.keep_positions:
             block = self.analysis.blocks[index]
             seconds = self.facts.seconds(index)[0] or 1e-9
             scale = self.analysis.graph.storage_bytes(block.demanded) / seconds
             sets = keep_sets(self.analysis, block, [price * scale for price in PRICES])
-            self.keep_positions[kind] = [self._positions(kept, index) for kept in sets]
-        return [self._translate(kept, index) for kept in self.keep_positions[kind]]
+            self.keep_positions[kind] = [(self._positions(kept, index), price) for kept, price in sets]
+        return [(self._translate(kept, index), price) for kept, price in self.keep_positions[kind]]
 
     def _checkpoint_move(self, first: int, last: int) -> Move | None:
         if (first, last) not in self.checkpoints:

@@ -8,7 +8,7 @@ inputs; the rest is solved with what that leaves; then the first piece runs back
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -148,5 +148,5 @@ def segments_of(
     for piece in pieces:
         outer = make(first + piece.first, first + piece.last, piece.keep)
         inner = segments_of(piece.inner, first + piece.first, make)
-        found.append(Segment(outer.first, outer.last, outer.strategy, outer.kept, inner))
+        found.append(replace(outer, inner=inner))
     return tuple(found)

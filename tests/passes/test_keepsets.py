@@ -91,12 +91,12 @@ def test_parameters_are_never_kept():
 def test_a_block_whose_backward_reads_nothing_keeps_nothing():
     analysis, _ = one_block(8, 8, demanded=())
     assert kept(analysis, HIGH) == set()
-    assert keep_sets(analysis, analysis.blocks[0], [1.0]) == [frozenset()]
+    assert keep_sets(analysis, analysis.blocks[0], [1.0]) == [(frozenset(), float("inf"))]
 
 
 def test_keep_sets_are_distinct_and_go_from_most_to_least():
     analysis, made = one_block(2, 100, 100, demanded=(1, 2))
-    found = keep_sets(analysis, analysis.blocks[0], [0.0, 10.0, HIGH, HIGH])
+    found = [values for values, _ in keep_sets(analysis, analysis.blocks[0], [0.0, 10.0, HIGH, HIGH])]
     sizes = [analysis.graph.storage_bytes(values) for values in found]
     assert found[0] == {made[1], made[2]} and found[-1] == set()
     assert len(found) == len(set(found)) and sizes == sorted(sizes, reverse=True)
