@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import networkx as nx
 
 from .analysis import Analysis
 from .blocks import Block
 from .graph import Edge
+from .inverse import solve
 
 _FOREVER = float("inf")
 
@@ -101,6 +102,23 @@ def keep_sets(analysis: Analysis, block: Block, prices: Iterable[float]) -> list
     for price in sorted(prices, reverse=True):
         found.setdefault(min_cut_keep(analysis, block, price), price)
     return list(found.items())
+
+
+def kept_as_one(analysis: Analysis, blocks: Sequence[Block], kept: frozenset[int], price: float) -> frozenset[int]:
+    """What a run of blocks has to keep of what they keep one by one: values at the borders between them may follow
+    from the rest, by cheap operations that save more bytes than their time is worth."""
+    values = analysis.graph.values
+    edges = [edge for block in blocks for edge in analysis.recover(block) if not edge.expensive]
+    for block in reversed(blocks[1:]):
+        for root in sorted({values[value].storage for value in block.live_in if value in kept}):
+            shared = {value for value in kept if values[value].storage == root}
+            found = solve(edges, {*analysis.graph.static, *kept} - shared, shared)
+            if found.missing:
+                continue
+            seconds = sum(edge.seconds for edge in found.program(sorted(shared)))
+            if seconds * price < values[root].bytes:
+                kept -= shared
+    return kept
 
 
 def _everything(analysis: Analysis, block: Block) -> Iterator[int]:

@@ -15,12 +15,13 @@ from .certificates import TRUSTED, Certificate, Noise, reach
 from .costs import Cost, segment_cost, signature, storages, with_passing
 from .emit import Segment, stored
 from .inverse import INVERTED
-from .keepsets import keep_sets, not_packed
+from .keepsets import keep_sets, kept_as_one, not_packed
 from .nesting import SPLITS, Nesting, Piece, Unit, segments_of
 from .solutions import Facts, drawn, residue
 
 CLOSE = 1e-3  # part by which a cost may be off where it was told from others
 PRICES = (16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.0)
+RUNS = (2, 4)  # blocks that may keep as one, without what is between them
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class MoveMaker:
         self.certificates: dict[tuple[str, int], Certificate] = {}
         self.costs: dict[object, Cost | None] = {}
         self.keep_positions: dict[int, list[tuple[tuple[int, ...], float]]] = {}  # with prices, by kind of block
+        self.run_positions: dict[object, list[tuple[list[tuple[int, ...]], float]]] = {}  # likewise, for each block
         self.exact: dict[int, list[Move]] = {}  # by last block: what no certificate changes
         self.keeps: dict[int, list[Move]] = {}
         self.checkpoints: dict[tuple[int, int], Move | None] = {}  # by first and last block
@@ -78,7 +80,7 @@ class MoveMaker:
         return [*self.exact[last], *inverted, *(self._walks(last) if "moonwalk" in self.strategies else ())]
 
     def _exact_moves(self, last: int) -> list[Move]:
-        moves = self._keep_moves(last) if "keep" in self.strategies else []
+        moves = [*self._keep_moves(last), *self._run_moves(last)] if "keep" in self.strategies else []
         if "checkpoint" in self.strategies:
             moves = [*moves, *self._checkpoint_moves(last), *self._nested_moves(last)]
         return moves
@@ -198,6 +200,54 @@ class MoveMaker:
         segment = Segment(index, index, "keep", values, whole=whole)
         cost = self._cost(("keep", self._positions(kept, index), price, anchored), segment)
         return Move(segment, cost) if cost is not None and (cost.covers_in or not anchored) else None
+
+    def _run_moves(self, last: int) -> list[Move]:
+        """Blocks that keep as one: what they hand to each other may follow from what they keep anyway."""
+        moves = []
+        for first in (last - length + 1 for length in RUNS if length <= last + 1):
+            for number, (kept, price) in enumerate(self._run_sets(first, last)):
+                moves += [self._run_move(first, last, kept, at, number) for at in (0.0, price)]
+        return [move for move in moves if move is not None]
+
+    def _run_move(self, first: int, last: int, kept: frozenset[int], price: float, number: int) -> Move | None:
+        values = kept.union(*(drawn(self.analysis, block) for block in self.analysis.blocks[first : last + 1]))
+        whole = not_packed(self.analysis, values, price)
+        if price and not whole:
+            return None
+        segment = Segment(first, last, "keep", values, whole=whole)
+        cost = self._cost(("run", self._links(first, last), number, price), segment)
+        return None if cost is None else Move(segment, cost)
+
+    def _run_sets(self, first: int, last: int) -> list[tuple[frozenset[int], float]]:
+        """What such blocks may keep, with prices at which that is best; only what is less than they keep one by one."""
+        span = range(first, last + 1)
+        key = tuple(self.keys[index] for index in span), self._links(first, last)
+        if key not in self.run_positions:
+            blocks, sets = self.analysis.blocks[first : last + 1], dict[frozenset[int], float]()
+            for price in sorted({price for index in span for _, price in self._keep_sets(index)}):
+                alone = frozenset[int]().union(*(self._kept_at(index, price) for index in span))
+                kept = kept_as_one(self.analysis, blocks, alone, price)
+                if kept != alone:
+                    sets[kept] = price
+            found = sets.items()
+            self.run_positions[key] = [
+                ([self._positions(kept, index) for index in span], price) for kept, price in found
+            ]
+        return [
+            (frozenset[int]().union(*map(self._translate, places, span)), price)
+            for places, price in self.run_positions[key]
+        ]
+
+    def _links(self, first: int, last: int) -> tuple[tuple[int | None, ...], ...]:
+        """Which places of these blocks stand for the same values."""
+        entering = dict.fromkeys(
+            value for block in self.analysis.blocks[first + 1 : last + 1] for value in block.live_in
+        )
+        return tuple(tuple(self.places[index].get(value) for index in range(first, last + 1)) for value in entering)
+
+    def _kept_at(self, index: int, price: float) -> frozenset[int]:
+        """The cheapest of the kept sets of a block, where a second costs `price` bytes."""
+        return next(kept for kept, highest in reversed(self._keep_sets(index)) if highest >= price)
 
     def _with_borders(self, kept: frozenset[int], block: Block) -> frozenset[int]:
         """Of a storage that is kept anyway, every value at the borders: an inverted neighbour needs them all."""

@@ -48,11 +48,13 @@ def test_groups_divide_the_work_of_both_gradients() -> None:
 
 
 def test_bits_have_rates_of_their_own() -> None:
-    device = replace(DEVICES["cpu"], overhead=0.0, bandwidth=1e30, packed=1e3, unpacked=2e3)
+    device = replace(DEVICES["cpu"], overhead=0.0, bandwidth=1e30, packed=1e3, unpacked=2e3, bits=0.0)
     ours = torch.ops.moonwalk_compile
     pack = Operation(ours.pack_bits.default, (Ref(0),), new=(1000,), moved=9000)
     unpack = Operation(ours.unpack_two.default, (Ref(0), [8000], 1.0, 0.0, torch.bool), new=(8000,), moved=9000)
     assert [operation_seconds(operation, device) for operation in (pack, unpack)] == [8.0, 4.0]
+    slow = replace(device, bits=0.5)
+    assert [operation_seconds(operation, slow) for operation in (pack, unpack)] == [8.5, 4.5]
 
 
 def product(dtype: torch.dtype, target: object = aten.mm.default, flops: float = 1e12) -> Operation:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor, nn
+
+from moonwalk_compile.api import fake_session
+from moonwalk_compile.options import Options
 from moonwalk_compile.passes.analysis import Analysis
-from moonwalk_compile.passes.keepsets import keep_sets, min_cut_keep
+from moonwalk_compile.passes.keepsets import keep_sets, kept_as_one, min_cut_keep, not_packed
 
 from .hand import Hand, Layer, analysis_of, chain
 
@@ -101,3 +106,45 @@ def test_keep_sets_are_distinct_and_go_from_most_to_least():
     assert found[0] == {made[1], made[2]} and found[-1] == set()
     assert len(found) == len(set(found)) and sizes == sorted(sizes, reverse=True)
     assert {made[0]} in found
+
+
+def test_what_follows_cheaply_between_two_blocks_need_not_be_kept():
+    """The 4 bytes between them follow in one second from the 8 that the first block keeps; the input does not."""
+    analysis = chain([Layer(inner=8, outer=4)] * 2)
+    first, second = analysis.blocks
+    border = second.live_in[0]
+    alone = frozenset({*first.demanded, *second.demanded})
+    assert border in alone
+    assert kept_as_one(analysis, [first, second], alone, 3.9) == alone - {border}
+    assert kept_as_one(analysis, [first, second], alone, 4.1) == alone
+
+
+def test_what_only_an_expensive_operation_gives_stays_kept():
+    analysis = chain([Layer(inner=8, outer=4)] * 2)
+    alone = frozenset({analysis.blocks[1].live_in[0]})  # without the 8 bytes in front of it
+    assert kept_as_one(analysis, analysis.blocks, alone, 0) == alone
+
+
+class Masked(nn.Module):
+    """Two products with dropouts behind them, whose masks are all that can be kept as bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.nn.functional.dropout(layer(x), 0.5)
+        return x.sum()
+
+
+def test_bits_have_to_be_worth_their_time(fresh_compiler: None):
+    """A mask of 4096 bytes: 3584 are saved for packing and unpacking it."""
+    planner = fake_session(lambda: (Masked(), (torch.randn(512, 8),)), Options(lowering="eager"), "cpu").planner
+    assert planner is not None
+    analysis = planner.analysis
+    mask = next(iter(analysis.packs))
+    pack = analysis.packs[mask]
+    worth = 3584 / (pack.encode.seconds + pack.decode.seconds)
+    assert not_packed(analysis, [mask], 0.99 * worth) == frozenset()
+    assert not_packed(analysis, [mask], 1.01 * worth) == {mask}
