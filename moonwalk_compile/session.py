@@ -25,11 +25,14 @@ from .passes.certify import Certifier
 from .passes.cost import Device
 from .passes.drift import Drift
 from .passes.emit import Segment
+from .passes.fusion import unmaterialised
 from .passes.graph import Role
 from .passes.inverse import INVERTED
 from .passes.inverse.constants import Constants, computed, is_candidate
+from .passes.liveness import simulate
 from .passes.lower import Aim, Boxed, Half, Lowerer, as_boxed
 from .passes.plan import NoPlan, Planned, Planner
+from .passes.program import Program
 from .passes.rewrite import to_halves
 from .passes.sizes import left_unused, promised
 from .passes.solutions import Facts
@@ -316,7 +319,7 @@ class Session:
         """
         limit = math.inf if self.options.budget is None else self.options.budget.resolve(plain.peak)
         spare = left_unused(limit, self._places())
-        less, most, peak, settled = self.margin + spare, 0, 0, None
+        less, most, peak, settled = self.margin + spare - self._fused_away(planner.loose, limit), 0, 0, None
         for attempt in range(rounds):
             last = attempt == rounds - 1 and settled is None
             planned = self._certified(planner, plain, int(limit) if last else less)
@@ -335,13 +338,31 @@ class Session:
             elif settled is None and self.cornered:
                 break
             else:
-                less += peak - int(limit) + int(limit * SPARE * 2**attempt)
+                less = peak - planned.peak + spare + int(limit * SPARE * 2**attempt)
             if settled is not None and (attempt >= MORE or less >= most):
                 break
         if settled is None:
             raise BudgetError(int(limit), promised(peak, self._places()), pinned_tensors(planner, planned))
         planned, self.forward, self.backward = settled
         return planned
+
+    def _fused_away(self, planned: Planned, limit: float) -> int:
+        """Bytes at the peak that generated code will hardly need; 0 where no other plan would be chosen for them."""
+        if not (self.lower and self.device.fused) or limit == math.inf:
+            return 0
+        assert self.analysis is not None
+        programs = self._programs(planned)
+        peaks = [
+            max(simulate(way(program), self.analysis.charges, pinned=pinned).peak for program, pinned in programs)
+            for way in (lambda program: program, unmaterialised)
+        ]
+        saved = peaks[0] - peaks[1]
+        return saved if saved > ROOM * limit else 0
+
+    def _programs(self, planned: Planned) -> list[tuple[Program, Sequence[int]]]:
+        """Each with what the user holds meanwhile."""
+        assert self.analysis is not None
+        return [(planned.schedule.forward, ()), (planned.schedule.backward, self.analysis.held)]
 
     def _places(self) -> set[torch.device]:
         assert self.analysis is not None

@@ -133,6 +133,9 @@ class StepSession(Session):
         self.lowering_s += time.perf_counter() - started
         return max(half.timeline.peak for half in (self.forward, rest) if half.timeline is not None)
 
+    def _programs(self, planned: Planned) -> list[tuple[Program, Sequence[int]]]:
+        return [(self.measure.joined(self.facts, planned.schedule), ())]
+
     def _module(self, program: Program, name: str) -> fx.GraphModule:
         assert self.analysis is not None
         return to_module(self.analysis, program, self.lowerer.root, name)

@@ -7,11 +7,11 @@ they add are passes over whole images for their statistics.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .cost import IMAGES, Device, base_name, fused_arithmetic, is_fused, operation_seconds
 from .graph import Edge, Graph, Ref, refs_in
-from .program import Builder, Program
+from .program import Builder, Instruction, Program
 
 Storage = tuple[int, int]
 
@@ -66,6 +66,35 @@ def program_seconds(program: Program, graph: Graph, device: Device) -> float:
         moved = sum(size[storage] for storage in each.reads) + each.again + each.written
         seconds += device.overhead * bool(moved) + max(moved / device.bandwidth, each.arithmetic)
     return seconds
+
+
+def unmaterialised(program: Program) -> Program:
+    """The same program, with no memory for what only the loop that makes it reads."""
+    held: dict[int, list[Storage]] = {slot: [(-1, value)] for slot, value in program.inputs}
+    loop_of: dict[Storage, int] = {}
+    outside: set[Storage] = set()
+    loop = 0
+    for instruction in program.instructions:
+        operation, slot = instruction.operation, instruction.slot
+        held[slot] = [(slot, item) if source < 0 else held[source][item] for source, item in instruction.holds]
+        if not operation.new:
+            continue
+        read = {storage for each in instruction.reads for storage in held[each]}
+        if is_fused(operation):
+            outside |= {storage for storage in read if loop_of.get(storage) != loop}
+            loop_of |= {(slot, item): loop for item in range(len(operation.new))}
+        else:
+            outside |= read
+            loop += 1
+    outside |= {storage for ref in refs_in(program.outputs) for storage in held[ref.slot]}
+    inside = loop_of.keys() - outside
+
+    def thinned(instruction: Instruction) -> Instruction:
+        operation, slot = instruction.operation, instruction.slot
+        new = tuple(0 if (slot, item) in inside else size for item, size in enumerate(operation.new))
+        return instruction if new == operation.new else instruction._replace(operation=replace(operation, new=new))
+
+    return replace(program, instructions=tuple(map(thinned, program.instructions)))
 
 
 def edges_seconds(edges: Iterable[Edge], wanted: Collection[int], graph: Graph, device: Device) -> float:

@@ -19,8 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 from moonwalk_compile import moonwalk_compile
 from moonwalk_compile.passes import inductor
 from moonwalk_compile.passes.inductor import Lowered, MemoryEvent, OutputStorage, ProfileUnknown, lower, peak
+from moonwalk_compile.passes.plan import Planned
 from moonwalk_compile.passes.workspace import measured_workspace
 from moonwalk_compile.passes.wrapper_memory import replay
+from moonwalk_compile.session import Session
 
 
 class Mlp(nn.Module):
@@ -319,3 +321,33 @@ def test_a_result_is_written_over_a_donated_argument_only(donated: tuple[int, ..
     assert torch.allclose(result, before.sin())
     assert (result.data_ptr() == address) == (done.outputs[0].argument == 0) == (donated == (0,))
     assert donated or torch.equal(value, before)
+
+
+class Chained(nn.Module):
+    """Its peak is in a chain of wide operations, of whose results fusion leaves hardly one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(6))
+        self.head = nn.Linear(64, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return (self.head(x) * 2).sin().exp().sin().exp().sin().mean()
+
+
+def test_what_fusion_will_save_is_used_by_the_first_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered: list[tuple[int, int]] = []
+    original = Session._lower
+
+    def lowering(session: Session, planned: Planned, limit: float) -> int:
+        lowered.append((planned.peak, original(session, planned, limit)))
+        return lowered[-1][1]
+
+    monkeypatch.setattr(Session, "_lower", lowering)
+    torch._dynamo.reset()
+    ours = moonwalk_compile(Chained(), budget="80%")
+    ours(torch.randn(512, 64)).backward()
+    ((simulated, generated),) = lowered
+    assert generated <= ours.plan.budget_bytes < simulated

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moonwalk_compile.passes.cost import Device
-from moonwalk_compile.passes.fusion import edges_seconds
+from moonwalk_compile.passes.fusion import edges_seconds, unmaterialised
+from moonwalk_compile.passes.graph import Ref
+from moonwalk_compile.passes.program import Builder
 from moonwalk_compile.testing import capture_joint
 
 FUSING = Device("hand", flops=1e30, bandwidth=4.0, overhead=0.0, transcendental=1e30, fused=True)
@@ -56,3 +58,23 @@ def test_statistics_of_images_take_a_pass() -> None:
 
     assert seconds(normalized, torch.randn(10, 4, 25)) == pytest.approx(3, rel=0.05)
     assert seconds(rows, torch.randn(100, 10)) == pytest.approx(2, rel=0.2)
+
+
+def test_what_only_its_own_loop_reads_takes_no_memory() -> None:
+    """A chain in front of a product, one behind it, and a value that both the product and a later loop read."""
+
+    def function(x: Tensor) -> Tensor:
+        shared = x.sin().exp()
+        return (shared @ shared).tanh().cos() + shared
+
+    graph = capture_joint(function, (torch.randn(4, 4),)).graph
+    builder = Builder(graph)
+    for value in graph.primals:
+        builder.input(value)
+    for edge in graph.edges:
+        if edge.stage == "forward":
+            builder.emit(edge)
+    program = builder.finish([Ref(builder.environment[value]) for value in graph.output_values])
+    names = [str(i.operation.target).split(".")[1] for i in program.instructions]
+    sizes = dict(zip(names, [sum(i.operation.new) for i in unmaterialised(program).instructions], strict=True))
+    assert sizes == {"sin": 0, "exp": 64, "mm": 64, "tanh": 0, "cos": 0, "add": 64}
