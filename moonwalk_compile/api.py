@@ -48,7 +48,7 @@ def moonwalk_compile(
     tolerance: float = 1e-4,
     lowering: str = "inductor",
     profile: str = "model",
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Sequence[Any] | torch.Tensor | None = None,
     fullgraph: bool = True,
 ) -> Model:
     """Compile `model` in place, so that its training step stays within a memory budget; returns the model.

@@ -42,7 +42,7 @@ def training_step(
     lowering: str = "inductor",
     profile: str = "model",
     clip_norm: float | None = None,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Sequence[Any] | Tensor | None = None,
 ) -> TrainingStep:
     """A function `step(*inputs)` that trains `model` by one step and returns the loss, detached.
 
@@ -67,7 +67,7 @@ def training_step(
     options = Options(budget, max_slowdown, strategies, tolerance, lowering, profile)  # type: ignore[arg-type]
     step = TrainingStep(model, loss_fn, optimizer, options, clip_norm)
     if example_inputs is not None:
-        step.prepare(*example_inputs)
+        step.prepare(*((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs))
     return step
 
 

@@ -184,8 +184,7 @@ def train_triangular(model: nn.Module, x: Tensor, strategy: str, lowering: str =
 
 TRIANGULAR = [
     *(("invert", kind, scale, "eager") for kind in ("masked", "causal", "cut") for scale in (0.3, 0.7)),
-    ("invert", "causal", 0.7, "inductor"),
-    pytest.param("invert", "masked", 0.7, "inductor", marks=pytest.mark.slow),
+    *(pytest.param("invert", kind, 0.7, "inductor", marks=pytest.mark.slow) for kind in ("masked", "causal")),
     *(("moonwalk", kind, 0.3, "eager") for kind in ("masked", "causal")),
 ]
 

@@ -339,6 +339,17 @@ def test_planning_ahead_runs_nothing():
     assert step.plan.peak_bytes == peak and "update" in step.graph_module.code
 
 
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square().mean()
+
+
+def test_planning_ahead_on_one_tensor_given_bare():
+    model, x = nn.Sequential(nn.Linear(4, 4), Square()), torch.randn(3, 4)
+    plans = [training_step(model, lowering="eager", example_inputs=given).plan for given in (x, (x,))]
+    assert plans[0].peak_bytes == plans[1].peak_bytes
+
+
 # -- parameters that are special ---------------------------------------------------------------------------------------
 
 
