@@ -12,6 +12,7 @@ from ._torch_compat_inductor import tree_map
 
 COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")  # other processes would wait
 PICKY = ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")  # they crash on a buffer that no forward pass has written
+FILLED = {"bag_size": 1}  # arguments whose zeros would mean that there is nothing to do
 # How attention's backward pass calls the state of the random numbers, and how its forward pass may.
 STATES = {"philox_seed": ("philox_seed", "rng_state"), "philox_offset": ("philox_offset", "unused")}
 
@@ -60,6 +61,9 @@ class Like:
 def made_up(target: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """Real arguments for a frozen call."""
     real, named = tree_map(lambda x: x.make() if isinstance(x, Like) else x, (args, dict(kwargs)))
+    for name, item in (*zip(_arguments(target), real, strict=False), *named.items()):
+        if name in FILLED and isinstance(item, torch.Tensor):
+            item.fill_(FILLED[name])
     if STATES.keys() & {*_arguments(target)}:
         return (), _with_states(target, {**dict(zip(_arguments(target), real, strict=False)), **named})
     return real, named

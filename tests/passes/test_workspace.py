@@ -39,6 +39,16 @@ def test_what_is_too_large_is_not_tried() -> None:
     assert Workspaces(limit=8).of_call(aten.sort.default, (torch.empty(1000),), {}) == 0
 
 
+def test_bags_are_not_empty_when_they_are_tried() -> None:
+    """The gradient of the largest of each bag selects, for bags that have any, its gradient and its index."""
+    bags, width = 64, 32
+    weight, indices = torch.randn(100, width), torch.randint(0, 100, (4 * bags,))
+    outputs = aten._embedding_bag.default(weight, indices, torch.arange(0, 4 * bags, 4), False, 2)
+    given = (torch.randn(bags, width), indices, *outputs[1:], len(weight), False, 2, None)
+    found = Workspaces().of_call(aten._embedding_bag_dense_backward.default, given, {})
+    assert found >= bags * width * (4 + 8)
+
+
 def test_watching_tells_the_peak_and_what_remains() -> None:
     def run() -> torch.Tensor:
         torch.empty(3000, dtype=torch.uint8)
