@@ -210,7 +210,9 @@ class MoveMaker:
         return [move for move in moves if move is not None]
 
     def _run_move(self, first: int, last: int, kept: frozenset[int], price: float, number: int) -> Move | None:
-        values = kept.union(*(drawn(self.analysis, block) for block in self.analysis.blocks[first : last + 1]))
+        blocks = self.analysis.blocks[first : last + 1]
+        values = kept.union(*(drawn(self.analysis, block) for block in blocks))
+        values = self._with_borders(self._with_borders(values, blocks[0]), blocks[-1])
         whole = not_packed(self.analysis, values, price)
         if price and not whole:
             return None
