@@ -78,8 +78,7 @@ def moonwalk_compile(
     if lowering == "inductor":
         driver.inference = compiled_call(inner, "inductor", dynamic=None)
     inner._compiled_call_impl = driver
-    given = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
-    driver.set_plan(None if given is None else plan_only(inner, tuple(given), options))
+    driver.set_plan(None if example_inputs is None else plan_only(inner, listed(example_inputs), options))
     return model
 
 
@@ -87,6 +86,11 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise UsageError("There is no model to compile", f"{kind} was given", "pass a model, an object of nn.Module")
+
+
+def listed(example_inputs: Sequence[Any] | torch.Tensor) -> tuple[Any, ...]:
+    """One tensor need not stand in a list."""
+    return (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
 
 
 class _Driver:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from .api import TOO_MANY_SIZES, check_model, first_line, unwrap
+from .api import TOO_MANY_SIZES, check_model, first_line, listed, unwrap
 from .backend import ByGradients, CompiledStep
 from .errors import CaptureError, MoonwalkError, OptionError, UsageError
 from .options import Options
@@ -67,7 +67,7 @@ def training_step(
     options = Options(budget, max_slowdown, strategies, tolerance, lowering, profile)  # type: ignore[arg-type]
     step = TrainingStep(model, loss_fn, optimizer, options, clip_norm)
     if example_inputs is not None:
-        step.prepare(*((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs))
+        step.prepare(*listed(example_inputs))
     return step
 
 

@@ -26,54 +26,21 @@ class _Loop:
     arithmetic: float = 0.0  # seconds
 
 
-def program_seconds(program: Program, graph: Graph, device: Device) -> float:
-    if not device.fused:
-        return sum(operation_seconds(instruction.operation, device) for instruction in program.instructions)
-    held: dict[int, list[Storage]] = {}
-    size: dict[Storage, int] = {}
-    made: dict[Storage, _Loop] = {}
-    outside: set[Storage] = set()
-    loop = _Loop()
-    loops, seconds = [loop], 0.0
-    for slot, value in program.inputs:
-        held[slot] = [(-1, value)]
-        size[-1, value] = graph.values[value].bytes
-    for instruction in program.instructions:
-        operation = instruction.operation
-        held[instruction.slot] = [
-            (instruction.slot, item) if source < 0 else held[source][item] for source, item in instruction.holds
-        ]
-        if not operation.new:
-            continue
-        read = {storage for slot in instruction.reads for storage in held[slot]}
-        size |= {(instruction.slot, item): new for item, new in enumerate(operation.new)}
-        if not is_fused(operation):
-            seconds += operation_seconds(operation, device)
-            outside |= read
-            loop = _Loop()
-            loops.append(loop)
-            continue
-        earlier = {storage for storage in read if made.get(storage) is not loop}
-        outside |= earlier
-        loop.reads |= earlier
-        made |= {(instruction.slot, item): loop for item in range(len(operation.new))}
-        loop.again += sum(size[storage] for storage in read) if base_name(operation.target) in IMAGES else 0
-        loop.arithmetic += fused_arithmetic(operation, device)
-    outside |= {storage for ref in refs_in(program.outputs) for storage in held[ref.slot]}
-    for storage in outside & made.keys():
-        made[storage].written += size[storage]
-    for each in loops:
-        moved = sum(size[storage] for storage in each.reads) + each.again + each.written
-        seconds += device.overhead * bool(moved) + max(moved / device.bandwidth, each.arithmetic)
-    return seconds
+@dataclass
+class _Loops:
+    """The loops of a program by number: of which loop each storage is a result, and which are needed `outside` of it.
+
+    `steps` are the instructions that make something, with the storages that they read and their loop, if any.
+    """
+
+    steps: list[tuple[Instruction, set[Storage], int | None]] = field(default_factory=list)
+    maker: dict[Storage, int] = field(default_factory=dict)
+    outside: set[Storage] = field(default_factory=set)
 
 
-def unmaterialised(program: Program) -> Program:
-    """The same program, with no memory for what only the loop that makes it reads."""
+def _loops_of(program: Program) -> _Loops:
+    loops, number = _Loops(), 0
     held: dict[int, list[Storage]] = {slot: [(-1, value)] for slot, value in program.inputs}
-    loop_of: dict[Storage, int] = {}
-    outside: set[Storage] = set()
-    loop = 0
     for instruction in program.instructions:
         operation, slot = instruction.operation, instruction.slot
         held[slot] = [(slot, item) if source < 0 else held[source][item] for source, item in instruction.holds]
@@ -81,13 +48,45 @@ def unmaterialised(program: Program) -> Program:
             continue
         read = {storage for each in instruction.reads for storage in held[each]}
         if is_fused(operation):
-            outside |= {storage for storage in read if loop_of.get(storage) != loop}
-            loop_of |= {(slot, item): loop for item in range(len(operation.new))}
+            loops.steps.append((instruction, read, number))
+            loops.outside |= {storage for storage in read if loops.maker.get(storage) != number}
+            loops.maker |= {(slot, item): number for item in range(len(operation.new))}
         else:
-            outside |= read
-            loop += 1
-    outside |= {storage for ref in refs_in(program.outputs) for storage in held[ref.slot]}
-    inside = loop_of.keys() - outside
+            loops.steps.append((instruction, read, None))
+            loops.outside |= read
+            number += 1
+    loops.outside |= {storage for ref in refs_in(program.outputs) for storage in held[ref.slot]}
+    return loops
+
+
+def program_seconds(program: Program, graph: Graph, device: Device) -> float:
+    if not device.fused:
+        return sum(operation_seconds(instruction.operation, device) for instruction in program.instructions)
+    found, seconds = _loops_of(program), 0.0
+    size = {(-1, value): graph.values[value].bytes for _, value in program.inputs}
+    loops: dict[int, _Loop] = {}
+    for instruction, read, number in found.steps:
+        operation = instruction.operation
+        size |= {(instruction.slot, item): new for item, new in enumerate(operation.new)}
+        if number is None:
+            seconds += operation_seconds(operation, device)
+            continue
+        loop = loops.setdefault(number, _Loop())
+        loop.reads |= {storage for storage in read if found.maker.get(storage) != number}
+        loop.again += sum(size[storage] for storage in read) if base_name(operation.target) in IMAGES else 0
+        loop.arithmetic += fused_arithmetic(operation, device)
+    for storage in found.outside & found.maker.keys():
+        loops[found.maker[storage]].written += size[storage]
+    for each in loops.values():
+        moved = sum(size[storage] for storage in each.reads) + each.again + each.written
+        seconds += device.overhead * bool(moved) + max(moved / device.bandwidth, each.arithmetic)
+    return seconds
+
+
+def unmaterialised(program: Program) -> Program:
+    """The same program, with no memory for what only the loop that makes it reads."""
+    loops = _loops_of(program)
+    inside = loops.maker.keys() - loops.outside
 
     def thinned(instruction: Instruction) -> Instruction:
         operation, slot = instruction.operation, instruction.slot

@@ -205,11 +205,12 @@ class MoveMaker:
         """Blocks that keep as one: what they hand to each other may follow from what they keep anyway."""
         moves = []
         for first in (last - length + 1 for length in RUNS if length <= last + 1):
-            for number, (kept, price) in enumerate(self._run_sets(first, last)):
-                moves += [self._run_move(first, last, kept, at, number) for at in (0.0, price)]
+            links = self._links(first, last)
+            for number, (kept, price) in enumerate(self._run_sets(first, last, links)):
+                moves += [self._run_move(first, last, kept, at, (links, number)) for at in (0.0, price)]
         return [move for move in moves if move is not None]
 
-    def _run_move(self, first: int, last: int, kept: frozenset[int], price: float, number: int) -> Move | None:
+    def _run_move(self, first: int, last: int, kept: frozenset[int], price: float, name: object) -> Move | None:
         blocks = self.analysis.blocks[first : last + 1]
         values = kept.union(*(drawn(self.analysis, block) for block in blocks))
         values = self._with_borders(self._with_borders(values, blocks[0]), blocks[-1])
@@ -217,13 +218,13 @@ class MoveMaker:
         if price and not whole:
             return None
         segment = Segment(first, last, "keep", values, whole=whole)
-        cost = self._cost(("run", self._links(first, last), number, price), segment)
+        cost = self._cost(("run", name, price), segment)
         return None if cost is None else Move(segment, cost)
 
-    def _run_sets(self, first: int, last: int) -> list[tuple[frozenset[int], float]]:
+    def _run_sets(self, first: int, last: int, links: object) -> list[tuple[frozenset[int], float]]:
         """What such blocks may keep, with prices at which that is best; only what is less than they keep one by one."""
         span = range(first, last + 1)
-        key = tuple(self.keys[index] for index in span), self._links(first, last)
+        key = tuple(self.keys[index] for index in span), links
         if key not in self.run_positions:
             blocks, sets = self.analysis.blocks[first : last + 1], dict[frozenset[int], float]()
             for price in sorted({price for index in span for _, price in self._keep_sets(index)}):

@@ -235,20 +235,29 @@ def test_a_bad_certificate_forbids_inversion():
     assert not [move for moves in planner.moves for move in moves if move.segment.strategy == "invert"]
 
 
-def test_a_thinned_front_loses_little() -> None:
+def ratios_of_thinned_fronts(seed: int) -> list[float]:
+    """The time found with 8 states at each border, against that with 4096, at three budgets."""
+    draw, ratios = random.Random(seed), []
+    sizes = [draw.randint(10, 60) for _ in range(40)]
+    drawn = [Layer(inner, draw.randint(5, inner), draw.randint(1, 20)) for inner in sizes]
+    planner = planner_of(drawn, strategies=("keep", "checkpoint"))
+    for part in (0.8, 0.6, 0.4):
+        times = []
+        for states in (8, 4096):
+            moves = planner.fastest(part * planner.plain.peak, states)
+            assert moves is not None
+            times.append(planner.plain.seconds + sum(move.cost.seconds for move in moves))
+        ratios.append(times[0] / times[1])
+    return ratios
+
+
+def test_a_thinned_front_loses_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those stay that are best at the price of a byte: an even choice among states that differ a bit is 5 to 7% off."""
-    ratios = []
-    for seed in (1, 2, 3):
-        draw = random.Random(seed)
-        sizes = [draw.randint(10, 60) for _ in range(40)]
-        drawn = [Layer(inner, draw.randint(5, inner), draw.randint(1, 20)) for inner in sizes]
-        planner = planner_of(drawn, strategies=("keep", "checkpoint"))
-        for part in (0.8, 0.6, 0.4):
-            times = []
-            for states in (8, 4096):
-                moves = planner.fastest(part * planner.plain.peak, states)
-                assert moves is not None
-                times.append(planner.plain.seconds + sum(move.cost.seconds for move in moves))
-            assert times[1] <= times[0]
-            ratios.append(times[0] / times[1])
-    assert statistics.fmean(ratios) < 1.02, ratios
+    monkeypatch.setattr("moonwalk_compile.passes.moves.RUNS", ())
+    assert all(1 <= ratio < 1.02 for ratio in ratios_of_thinned_fronts(1))
+
+
+def test_a_thinned_front_loses_little_with_runs() -> None:
+    """One of 8 states more or less decides about 3% here; on average it is less than half of that."""
+    ratios = [ratio for seed in (1, 2, 3) for ratio in ratios_of_thinned_fronts(seed)]
+    assert min(ratios) >= 1 and statistics.fmean(ratios) < 1.02, ratios
