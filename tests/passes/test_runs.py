@@ -91,12 +91,17 @@ def test_every_run_can_stand_in_a_plan() -> None:
 def test_gradients_of_runs_are_exact(lowering: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With runs as the only other way to keep less, a plan is made of them."""
     whole = moves.MoveMaker._keep_moves
-    monkeypatch.setattr(moves.MoveMaker, "_keep_moves", lambda maker, index: whole(maker, index)[-1:])
+    monkeypatch.setattr(moves.MoveMaker, "_keep_moves", lambda maker, index: whole(maker, index)[:1])
     monkeypatch.setattr(moves.MoveMaker, "_checkpoint_moves", lambda maker, last: [])
     monkeypatch.setattr(moves.MoveMaker, "_nested_moves", lambda maker, last: [])
     model, x = Net(), image()
     reference = peers.plain(copy.deepcopy(model), lowering)  # at kinks, other roundings are other gradients
-    ours = moonwalk_compile(copy.deepcopy(model), budget="90%", lowering=lowering, strategies=("keep", "checkpoint"))
+    ours = moonwalk_compile(
+        copy.deepcopy(model),
+        budget="90%" if lowering == "eager" else "75%",
+        lowering=lowering,
+        strategies=("keep", "checkpoint"),
+    )
 
     def loss(net: nn.Module, value: Tensor) -> Tensor:
         return net(value)
