@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from .anchor import Anchor
+from .choice import Certificates
 from .errors import BudgetError, CaptureError
+from .inputs import is_real, role_of
 from .options import Options
 from .passes._torch_compat import disable_current_modes, dynamo_aot_autograd, functorch_config, lookup_backend
 from .passes.cost import Device, find_device
@@ -20,7 +22,7 @@ from .passes.inductor import lower, warm_up
 from .passes.lower import boxed_eager
 from .passes.sizes import advice
 from .report import Plan
-from .session import Certificates, Session, is_real, role_of
+from .session import Session
 from .sharing import share_memory
 from .units import format_bytes
 

@@ -141,7 +141,7 @@ def _by_group(planner: Planner, groups: Sequence[str]) -> Iterator[Segment]:
         if index + 1 < len(groups) and group and groups[index + 1] == group:
             continue
         if group:
-            yield planner.maker.checkpoint(first, index)
+            yield planner.maker.checkpoints.segment(first, index)
         else:
-            yield from (planner.maker.plain(block) for block in range(first, index + 1))
+            yield from (planner.maker.keeping.plain(block) for block in range(first, index + 1))
         first = index + 1

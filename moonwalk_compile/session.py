@@ -6,18 +6,20 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from .choice import Certificates, Chooser, Lowered
 from .describe import describe
-from .errors import BudgetError, OptionError
+from .errors import OptionError
+from .inputs import input_positions, is_real, role_of, written_positions
 from .meter import StepMeter
-from .options import Budget, Options
-from .passes._torch_compat import FakeTensor, InputMutationAOTOutput, PlainAOTInput, disable_current_modes
+from .options import Options
+from .passes._torch_compat import disable_current_modes
 from .passes.analysis import Analysis, analyse
 from .passes.capture import Capture, read_joint
 from .passes.certificates import Certificate, chain_error
@@ -25,43 +27,23 @@ from .passes.certify import Certifier
 from .passes.cost import Device
 from .passes.drift import Drift
 from .passes.emit import Segment
-from .passes.fusion import unmaterialised
 from .passes.graph import Role
 from .passes.inverse import INVERTED
 from .passes.inverse.constants import Constants, computed, is_candidate
-from .passes.liveness import simulate
 from .passes.lower import Aim, Boxed, Half, Lowerer, as_boxed
 from .passes.plan import NoPlan, Planned, Planner
 from .passes.program import Program
 from .passes.rewrite import to_halves
-from .passes.sizes import left_unused, promised
 from .passes.solutions import Facts
 from .passes.timing import Clock, cache_folder
-from .passes.verify import verify, verify_certified
 from .passes.workspace import Workspaces
 from .passes.wrapper_memory import ProfileUnknown, Workspace, no_workspace
+from .pause import collector_paused
 from .report import Plan
-from .units import format_bytes
 
 LOST = 10  # times the tolerance: an error of a chain that is said at once
 CUTS = 4  # of pieces of the smallest plan, to bring its peak down; each takes fusion, and so time, away
-ROOM = 0.04  # part of a budget that is worth another compilation, if generated code leaves it unused
-MORE = 2  # such compilations
-SPARE = 0.002  # part of a budget that is taken off in addition where generated code exceeds it; twice as much each time
 TRIAL = 2**30  # bytes of the operands of one operation that may be tried while planning on fake tensors
-
-Certificates = dict[tuple[str, int], Certificate]
-
-
-def role_of(value: Any) -> Role:
-    """What an input of the captured graph is to the user. Dynamo marks the tensors that modules own."""
-    if isinstance(value, torch.nn.Parameter):
-        return "parameter"
-    return "buffer" if getattr(value, "_dynamo_static_input_type", None) else "input"
-
-
-def is_real(values: Sequence[Any]) -> bool:
-    return not any(isinstance(value, FakeTensor) for value in values)
 
 
 @dataclass
@@ -84,7 +66,6 @@ class Session:
     planner: Planner | None = None
     planned: Planned | None = None
     lowering_s: float = 0.0
-    cornered: bool = False  # the budget left only the smallest plan
     margin: int = 0  # bytes by which an earlier plan of this step was measured above its prediction
     on_measured: Callable[[int], None] | None = None  # is told the peak of the first steps, as the plan counts it
     meter: StepMeter | None = None
@@ -102,27 +83,15 @@ class Session:
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """AOTAutograd's `partition_fn`: the joint graph in, the forward and the backward module out."""
         started = time.perf_counter()
-        inputs = self.example_inputs or ()
         clock = self._clock()
         self.device = replace(self.device, clock=clock, fused=self.options.lowering == "inductor")
-        places = input_positions(joint)
-        roles = {primal: role_of(inputs[flat]) for primal, flat in places.items() if flat < len(inputs)}
-        capture = read_joint(joint, num_fwd_outputs, self.device, roles)
-        self.positions = {capture.graph.primals[primal]: flat for primal, flat in places.items()}
-        self.written = written_positions(joint, capture.graph.mutated, self.positions, inputs)
-        options = self.options
-        self.analysis = analyse(
-            *(capture, self.device, self._read_constants(capture)),
-            strategies=options.strategies,
-            fixed_sizes=options.lowering == "inductor",
-        )
-        workspaces = self._workspaces()
-        self.facts = self._facts(workspaces)
-        self.lowerer = self._lowerer(joint, workspaces.of_call if workspaces else no_workspace)
-        planner = self._planner()
-        self.planner, plain = planner, planner.plain
+        planner = self.planner = self._prepare(joint, num_fwd_outputs)
+        assert self.analysis is not None
+        certify = self._certificates_of if self.example_inputs and is_real(self.example_inputs) else None
+        lower = self._lowered if self.lower else None
+        chooser = Chooser(planner, self.options, self.margin, lower, self._programs, certify)
         try:
-            planned = self._settle(planner, plain)
+            chosen = chooser.settle()
         except ProfileUnknown as error:
             if clock is not None:
                 clock.save()
@@ -134,14 +103,34 @@ class Session:
                 f"some of its blocks cannot be treated by {error} alone",
                 'allow "checkpoint" or "keep" as well',
             ) from None
-        self.planned = planned
+        self.options, self.planned = chooser.options, chosen.planned
+        self.forward, self.backward = chosen.forward, chosen.backward
         halves = (self.forward, self.backward) if self.forward and self.backward else None
-        self.plan = describe(self.analysis, planner, planned, plain, self.options, halves)
+        self.plan = describe(self.analysis, planner, self.planned, planner.plain, self.options, halves)
         if clock is not None:
             clock.save()
         self.meter = self._watch()
         self.plan = replace(self.plan, planning_s=time.perf_counter() - started - self.lowering_s)
-        return self._modules(planned, joint)
+        return self._modules(self.planned, joint)
+
+    @collector_paused()
+    def _prepare(self, joint: fx.GraphModule, forward_outputs: int) -> Planner:
+        """Read the joint graph and analyse it."""
+        inputs, options = self.example_inputs or (), self.options
+        places = input_positions(joint)
+        roles = {primal: role_of(inputs[flat]) for primal, flat in places.items() if flat < len(inputs)}
+        capture = read_joint(joint, forward_outputs, self.device, roles)
+        self.positions = {capture.graph.primals[primal]: flat for primal, flat in places.items()}
+        self.written = written_positions(joint, capture.graph.mutated, self.positions, inputs)
+        self.analysis = analyse(
+            *(capture, self.device, self._read_constants(capture)),
+            strategies=options.strategies,
+            fixed_sizes=options.lowering == "inductor",
+        )
+        workspaces = self._workspaces()
+        self.facts = self._facts(workspaces)
+        self.lowerer = self._lowerer(joint, workspaces.of_call if workspaces else no_workspace)
+        return self._planner()
 
     def _facts(self, workspaces: Workspaces | None, freed: frozenset[int] = frozenset()) -> Facts:
         assert self.analysis is not None
@@ -252,22 +241,12 @@ class Session:
 
     # -- certificates ------------------------------------------------------------------------------------------------
 
-    def _certified(self, planner: Planner, plain: Planned, less: int, rounds: int = 6) -> Planned:
-        """Plan, measure what the plan inverts, and plan again until nothing is inverted without a certificate."""
-        inputs = self.example_inputs or ()
-        for _ in range(rounds):
-            planned = self._choose(planner, plain, less)
-            open_segments = planner.uncertified(planned.segments)
-            if not open_segments or not inputs or not is_real(inputs):
-                return planned
-            found = self.certify(inputs, open_segments)
-            self.certificates = {**self.certificates, **found}
-            planner.certify(found)
-            confirmed = planner.still_holds(planned)
-            if confirmed is not None:
-                return confirmed
-        planner.forbid_inversion()
-        return self._choose(planner, plain, less)
+    def _certificates_of(self, segments: Sequence[Segment]) -> Certificates:
+        """Certificates of what a plan inverts, on the example inputs."""
+        assert self.example_inputs is not None
+        found = self.certify(self.example_inputs, segments)
+        self.certificates = {**self.certificates, **found}
+        return found
 
     def certify(
         self, inputs: Sequence[Any], segments: Iterable[Segment], known: Certificates | None = None
@@ -295,113 +274,29 @@ class Session:
         good = [s for s in chains if chain_error(s, certificates) <= self.options.tolerance]
         return {(s.strategy, index): Certificate(math.inf, math.inf) for s in good for index in s.span}
 
-    # -- choosing ------------------------------------------------------------------------------------------------------
-
-    def _settle(self, planner: Planner, plain: Planned) -> Planned:
-        """A plan within the budget, or within what the budget came to for other inputs.
-
-        The last batch of an epoch may be too small for its part of plain's peak, most of which is then gradients.
-        """
-        try:
-            return self._settled(planner, plain)
-        except BudgetError as error:
-            budget = self.options.budget
-            if budget is None or budget.granted <= error.budget_bytes:
-                raise
-            self.options = replace(self.options, budget=Budget(bytes=budget.granted, granted=budget.granted))
-            return self._settled(planner, plain)
-
-    def _settled(self, planner: Planner, plain: Planned, rounds: int = 5) -> Planned:
-        """A plan that fits as lowered: where the generated code needs more than the budget, take that off and retry.
-
-        Where it needs clearly less than was simulated, another plan may use what is left: planned again, `MORE` times
-        at most. Raises BudgetError when even the smallest plan does not fit.
-        """
-        limit = math.inf if self.options.budget is None else self.options.budget.resolve(plain.peak)
-        spare = left_unused(limit, self._places())
-        less, most, peak, settled = self.margin + spare - self._fused_away(planner.loose, limit), 0, 0, None
-        for attempt in range(rounds):
-            last = attempt == rounds - 1 and settled is None
-            planned = self._certified(planner, plain, int(limit) if last else less)
-            assert self.analysis is not None
-            verify(self.analysis, planned.schedule)
-            if self.example_inputs and is_real(self.example_inputs):
-                verify_certified(planned.segments, planner.certificates)
-            peak = (self._lower(planned, limit - self.margin) if self.lower else planned.peak) + self.margin
-            if peak <= limit:
-                settled, most = (planned, self.forward, self.backward), less
-                less = peak - planned.peak + spare
-                if self.cornered:  # between this plan and the budget the simulation saw none: look a bit further
-                    less = min(less, peak - int(limit))
-                if not self._leaves_room(peak, limit) or planned is planner.loose:
-                    break
-            elif settled is None and self.cornered:
-                break
-            else:
-                less = peak - planned.peak + spare + int(limit * SPARE * 2**attempt)
-            if settled is not None and (attempt >= MORE or less >= most):
-                break
-        if settled is None:
-            raise BudgetError(int(limit), promised(peak, self._places()), pinned_tensors(planner, planned))
-        planned, self.forward, self.backward = settled
-        return planned
-
-    def _fused_away(self, planned: Planned, limit: float) -> int:
-        """Bytes at the peak that generated code will hardly need; 0 where no other plan would be chosen for them."""
-        if not (self.lower and self.device.fused) or limit == math.inf:
-            return 0
-        assert self.analysis is not None
-        programs = self._programs(planned)
-        peaks = [
-            max(simulate(way(program), self.analysis.charges, pinned=pinned).peak for program, pinned in programs)
-            for way in (lambda program: program, unmaterialised)
-        ]
-        saved = peaks[0] - peaks[1]
-        return saved if saved > ROOM * limit else 0
+    # -- lowering ------------------------------------------------------------------------------------------------------
 
     def _programs(self, planned: Planned) -> list[tuple[Program, Sequence[int]]]:
-        """Each with what the user holds meanwhile."""
+        """What a plan runs, each with what the user holds meanwhile."""
         assert self.analysis is not None
         return [(planned.schedule.forward, ()), (planned.schedule.backward, self.analysis.held)]
 
-    def _places(self) -> set[torch.device]:
-        assert self.analysis is not None
-        return {fake.device for fake in self.analysis.fakes.values() if isinstance(fake, Tensor)}
-
-    def _leaves_room(self, peak: int, limit: float) -> bool:
-        """Whether generated code needs so much less than was simulated that another plan may use it."""
-        generated = self.backward is not None and self.backward.timeline is not None
-        return generated and ROOM * limit < limit - peak < math.inf
-
-    def _choose(self, planner: Planner, plain: Planned, less: int) -> Planned:
-        """The plan as simulated; `less` bytes are taken off the budget. What cannot be met gets the smallest plan."""
-        if self.options.budget is None:
-            limit = self.options.max_slowdown * plain.seconds
-            planned = planner.slowed(limit)
-            return planner.tidied(planned, planned.peak, limit)
-        budget = self.options.budget.resolve(plain.peak) - less
-        if plain.peak <= budget and "keep" in self.options.strategies:
-            return planner.loose
-        found = planner.within(budget)
-        self.cornered = found is None
-        return planner.smallest() if found is None else planner.tidied(found, budget, math.inf)
-
-    def _lower(self, planned: Planned, limit: float) -> int:
-        """Compile both halves; return the peak of what was generated (of the simulation where that is what runs).
+    def _lowered(self, planned: Planned, limit: float, smallest: bool) -> Lowered:
+        """Compile both halves.
 
         Depthwise kernels are fast on images channels last, but need room there: where it lacks, the smallest plan does
         without.
         """
         assert self.analysis is not None
         started = time.perf_counter()
-        aim = Aim(limit, CUTS if self.cornered else 0)
+        aim = Aim(limit, CUTS if smallest else 0)
         lowered = [self.lowerer.halves(planned.schedule, self.analysis.held, aim)]
-        if self.cornered and _peak(lowered[0]) > limit and self.lowerer.channels_last:
+        if smallest and _peak(lowered[0]) > limit and self.lowerer.channels_last:
             aim = replace(aim, channels_last=False)
             lowered.append(self.lowerer.halves(planned.schedule, self.analysis.held, aim))
-        self.forward, self.backward = min(lowered, key=_peak)
+        halves = min(lowered, key=_peak)
         self.lowering_s += time.perf_counter() - started
-        return _peak((self.forward, self.backward)) or planned.peak
+        return Lowered(planned, _peak(halves) or planned.peak, *halves)
 
     def _leave_inductor(self, reason: ProfileUnknown) -> None:
         """Of code whose memory nobody can tell no peak can be promised: plan again without it."""
@@ -424,46 +319,3 @@ def no_autocast(kinds: Iterable[str]) -> Iterator[None]:
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-
-
-def input_positions(joint: fx.GraphModule) -> dict[int, int]:
-    """The position in the captured graph's inputs of each primal, by AOTAutograd's descriptions."""
-    found, primal = {}, 0
-    for node in joint.graph.find_nodes(op="placeholder"):
-        if "tangents" in str(node.target):
-            continue
-        description = node.meta.get("desc")
-        if isinstance(description, PlainAOTInput):  # not an effect token, a base of views or a seed
-            found[primal] = description.idx
-        primal += 1
-    return found
-
-
-def written_positions(
-    joint: fx.GraphModule, mutated: Iterable[int], positions: Mapping[int, int], inputs: Sequence[Any]
-) -> frozenset[int]:
-    """Inputs that the graph writes to, or AOTAutograd behind it. Where inputs share memory and one of them is written
-    to, AOTAutograd merges them, and they have no position."""
-    described = joint.graph.output_node().meta.get("desc") or ()
-    behind = [d.mutated_input for d in described if isinstance(d, InputMutationAOTOutput)]
-    found = {positions[value] for value in mutated if value in positions}
-    found |= {source.idx for source in behind if isinstance(source, PlainAOTInput)}
-    tensors = {place for place, value in enumerate(inputs) if isinstance(value, Tensor)}
-    return frozenset(found | (tensors - set(positions.values())))
-
-
-def pinned_tensors(planner: Planner, planned: Planned, most: int = 6) -> tuple[str, ...]:
-    """The largest values that are alive at the peak of a plan."""
-    graph, schedule = planner.analysis.graph, planned.schedule
-    backward = planned.backward.peak >= planned.forward.peak
-    program, timeline = (schedule.backward, planned.backward) if backward else (schedule.forward, planned.forward)
-    if not timeline.during:
-        return ()
-    at = timeline.during.index(max(timeline.during))
-    made = {slot: (-1, value) for slot, value in program.inputs}
-    made |= {i.slot: (p, i.value) for p, i in enumerate(program.instructions) if i.value is not None}
-    alive = {value for slot, (born, value) in made.items() if born <= at <= program.last_use.get(slot, born)}
-    charges = planner.analysis.charges
-    roots = {charges[value] for value in alive if charges[value][1]}
-    largest = sorted(roots, key=lambda item: -item[1])[:most]
-    return tuple(f"{graph.values[root].name} ({format_bytes(size)})" for root, size in largest)

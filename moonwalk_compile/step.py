@@ -15,12 +15,13 @@ from torch.optim import Optimizer
 
 from .api import TOO_MANY_SIZES, check_model, first_line, listed, unwrap
 from .backend import ByGradients, CompiledStep
+from .choice import Certificates
 from .errors import CaptureError, MoonwalkError, OptionError, UsageError
 from .options import Options
 from .passes._torch_compat import FailOnRecompileLimitHit, TorchDynamoException, capturing, in_own_frame
 from .replay import try_out
 from .report import Plan
-from .session import Certificates, Session
+from .session import Session
 from .step_session import TITLE, PlanOnly, StepSession
 from .updates import Updater
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from .choice import Lowered
 from .errors import UsageError
 from .meter import StepMeter, WholeMeter
 from .passes.graph import Ref
@@ -103,11 +104,6 @@ class StepSession(Session):
         options = self.options
         return Planner(self.facts, options.strategies, self.certificates, options.tolerance, self.measure)
 
-    def _choose(self, planner: Planner, plain: Planned, less: int) -> Planned:
-        """Where plain backpropagation is chosen, it is measured as part of the step."""
-        planned = super()._choose(planner, plain, less)
-        return planner.arranged(plain.segments) if planned is plain else planned
-
     # -- lowering ------------------------------------------------------------------------------------------------------
 
     def _lowerer(self, joint: fx.GraphModule, workspace: Workspace) -> JointLowerer:
@@ -116,22 +112,20 @@ class StepSession(Session):
         lowerer.updates = self.measure.updates
         return lowerer
 
-    def _lower(self, planned: Planned, limit: float) -> int:
-        """Compile the step; return the peak of what was generated (of the simulation where that is what runs)."""
+    def _lowered(self, planned: Planned, limit: float, smallest: bool) -> Lowered:
+        """Compile the step."""
         assert self.analysis is not None and isinstance(self.lowerer, JointLowerer)
         verify_updates(self.measure.joined(self.facts, planned.schedule), self.measure.updates)
         program = self.measure.program(self.facts, planned.schedule)
         left = Half(boxed_eager(self._module(handing_back(self.analysis, program), "MoonwalkGradients")))
         program = handing_over(self.analysis, program)
-        self.module = self._module(program, "MoonwalkStep")
         if self.options.lowering == "eager":
-            self.forward, self.backward = Half(boxed_eager(self.module)), left
-            return planned.peak
+            module = self._module(program, "MoonwalkStep")
+            return Lowered(planned, planned.peak, Half(boxed_eager(module)), left)
         started = time.perf_counter()
-        self.forward, rest = self.lowerer.whole(program, len(planned.schedule.forward.instructions))
-        self.backward = replace(left, timeline=rest.timeline)
+        forward, rest = self.lowerer.whole(program, len(planned.schedule.forward.instructions))
         self.lowering_s += time.perf_counter() - started
-        return max(half.timeline.peak for half in (self.forward, rest) if half.timeline is not None)
+        return Lowered(planned, max(forward.peak, rest.peak), forward, replace(left, timeline=rest.timeline))
 
     def _programs(self, planned: Planned) -> list[tuple[Program, Sequence[int]]]:
         return [(self.measure.joined(self.facts, planned.schedule), ())]
@@ -145,7 +139,8 @@ class StepSession(Session):
         program = self.measure.program(self.facts, planned.schedule)
         forward, backward = handing_over(self.analysis, program), handing_back(self.analysis, program)
         backward = replace(backward, outputs=backward.outputs[: len(self.analysis.graph.gradients)])
-        return self._module(forward, "MoonwalkStep"), self._module(backward, "MoonwalkGradients")
+        self.module = self._module(forward, "MoonwalkStep")
+        return self.module, self._module(backward, "MoonwalkGradients")
 
     def _watch(self) -> StepMeter | None:
         meter = super()._watch()

@@ -81,7 +81,7 @@ class Planner:
         self.measure = measure or measure_schedule
         self.maker = MoveMaker(facts, strategies, tolerance)
         self.maker.certify(certificates or {})
-        done = list(accumulate(self.maker.gradients))
+        done = list(accumulate(self.maker.kinds.gradients))
         self.later_gradients = [done[-1] - gradients for gradients in done]  # by block: those of all behind it
         self.recomputed: dict[object, list[str]] = {}  # by shape of a segment
         self.costs: dict[object, Cost | None] = {}  # likewise
@@ -89,11 +89,11 @@ class Planner:
 
     @property
     def certificates(self) -> dict[tuple[str, int], Certificate]:
-        return self.maker.certificates
+        return self.maker.chains.certificates
 
     @property
     def tolerance(self) -> float:
-        return self.maker.tolerance
+        return self.maker.chains.tolerance
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -133,7 +133,8 @@ class Planner:
             covers_in=np.array([cost.covers_in for cost in costs], dtype=bool),
             covers_out=np.array([cost.covers_out for cost in costs], dtype=bool),
             reach=np.array(
-                [self.maker.reach[last] if move.segment.strategy == "invert" else -1 for move in moves], dtype=np.int64
+                [self.maker.chains.reach[last] if move.segment.strategy == "invert" else -1 for move in moves],
+                dtype=np.int64,
             ),
         )
 
@@ -167,18 +168,18 @@ class Planner:
 
     def missing(self, strategy: str, index: int) -> tuple[int, ...]:
         """The values that keep a block from being inverted."""
-        return self.maker.missing(strategy, index)
+        return self.maker.chains.missing(strategy, index)
 
     def cost_of(self, segment: Segment) -> Cost | None:
         """What a segment costs alone, without what only passes through it."""
-        shape = self.maker.shape(segment)
+        shape = self.maker.kinds.shape(segment)
         if shape not in self.costs:
             self.costs[shape] = segment_cost(self.facts, segment)
         return self.costs[shape]
 
     def recomputed_labels(self, segment: Segment) -> list[str]:
         """Names of the forward operations that the backward pass of a segment runs again, views apart."""
-        shape = self.maker.shape(segment)
+        shape = self.maker.kinds.shape(segment)
         if shape not in self.recomputed:
             self.recomputed[shape] = self._recomputed_labels(segment)
         return self.recomputed[shape]
@@ -230,7 +231,7 @@ class Planner:
             source, parent = int(front.source[state]), int(front.parent[state])
             chained = move.segment.strategy == "invert"
             if not (chained and fronts[source].reach[parent] >= border - 1):
-                moves.append(self.maker.inversion(source, end - 1) if chained else move)
+                moves.append(self.maker.chains.inversion(source, end - 1) if chained else move)
                 end = source
             border, state = source, parent
         return moves[::-1]
@@ -275,12 +276,12 @@ class Planner:
             if chain.strategy not in INVERTED:
                 continue
             for last in range(chain.last, min(chain.last + REACH, len(self.moves))):
-                core = self.maker.longest_chain(chain.strategy, last)
+                core = self.maker.chains.longest(chain.strategy, last)
                 if core is not None and core.first <= chain.first:
                     front, back = self._outside(segments, core)
                     yield (*front, core, *back)
                     if back:
-                        yield (*front, core, self.maker.checkpoint(core.last + 1, len(self.moves) - 1))
+                        yield (*front, core, self.maker.checkpoints.segment(core.last + 1, len(self.moves) - 1))
 
     def _outside(self, segments: Sequence[Segment], core: Segment) -> tuple[list[Segment], list[Segment]]:
         """What a plan has in front of a chain and behind it; what the chain covers in part becomes a checkpoint."""
@@ -289,9 +290,9 @@ class Planner:
         before = front[-1].last + 1 if front else 0
         behind = (back[0].first if back else len(self.moves)) - 1
         if before < core.first:
-            front.append(self.maker.checkpoint(before, core.first - 1))
+            front.append(self.maker.checkpoints.segment(before, core.first - 1))
         if core.last < behind:
-            back.insert(0, self.maker.checkpoint(core.last + 1, behind))
+            back.insert(0, self.maker.checkpoints.segment(core.last + 1, behind))
         return front, back
 
     @cached_property
@@ -307,7 +308,7 @@ class Planner:
         return self.arranged(self._all_kept())
 
     def _all_kept(self) -> tuple[Segment, ...]:
-        return tuple(self.maker.plain(index) for index in range(len(self.analysis.blocks)))
+        return tuple(self.maker.keeping.plain(index) for index in range(len(self.analysis.blocks)))
 
     def within(self, budget: float, plans: int = 8) -> Planned | None:
         """The fastest plan whose *simulated* peak is within `budget`; the modelled budget is moved to get there.
@@ -360,7 +361,7 @@ class Planner:
 
     def slowed(self, limit: float) -> Planned:
         """The smallest peak whose predicted step time is at most `limit` seconds."""
-        smallest, best = self.smallest(), self.plain
+        smallest, best = self.smallest(), self.loose
         if smallest.seconds <= limit:
             return smallest
         target = self._lowest(lambda budget: self._seconds(budget) <= limit)
@@ -369,7 +370,7 @@ class Planner:
             planned = best if moves is None else self.realise(moves)
             if planned.seconds <= limit and planned.peak < best.peak:
                 best = planned
-            elif best is not self.plain:
+            elif best is not self.loose:
                 break
         return best
 

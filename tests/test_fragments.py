@@ -233,7 +233,7 @@ def test_the_time_of_a_chain_is_that_of_its_blocks() -> None:
     arguments = [torch.randn(256, 64), *(torch.randn(64, 64) for _ in range(24))]
     analysis = analyse(capture_joint(deep, arguments), DEVICES["cpu"])
     planner = Planner(Facts(analysis, reuse=True), ("moonwalk", "checkpoint"), {}, 1e-4)
-    walk = min(planner.maker._walks(len(analysis.blocks) - 1), key=lambda move: move.segment.first)
+    walk = min(planner.maker.chains.walks(len(analysis.blocks) - 1), key=lambda move: move.segment.first)
     front = next(move for move in planner.moves[walk.segment.first - 1] if move.segment.first == 0)
     planned = planner.realise([front, walk])
     modelled = planner.plain.seconds + front.cost.seconds + walk.cost.seconds

@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
-from moonwalk_compile import moonwalk_compile
+from moonwalk_compile import choice, moonwalk_compile
 from moonwalk_compile.passes import inductor
 from moonwalk_compile.passes.inductor import Lowered, MemoryEvent, OutputStorage, ProfileUnknown, lower, peak
 from moonwalk_compile.passes.plan import Planned
@@ -339,13 +339,14 @@ class Chained(nn.Module):
 
 def test_what_fusion_will_save_is_used_by_the_first_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     lowered: list[tuple[int, int]] = []
-    original = Session._lower
+    original = Session._lowered
 
-    def lowering(session: Session, planned: Planned, limit: float) -> int:
-        lowered.append((planned.peak, original(session, planned, limit)))
-        return lowered[-1][1]
+    def lowering(session: Session, planned: Planned, limit: float, smallest: bool) -> choice.Lowered:
+        found = original(session, planned, limit, smallest)
+        lowered.append((planned.peak, found.peak))
+        return found
 
-    monkeypatch.setattr(Session, "_lower", lowering)
+    monkeypatch.setattr(Session, "_lowered", lowering)
     torch._dynamo.reset()
     ours = moonwalk_compile(Chained(), budget="80%")
     ours(torch.randn(512, 64)).backward()

@@ -125,7 +125,7 @@ def test_a_loose_budget_keeps_masks_as_plain_does(monkeypatch: pytest.MonkeyPatc
 def test_steps_of_an_unrolled_cell_are_one_kind_of_block() -> None:
     """Though the outputs of all earlier steps pass through each of them."""
     planner = fake_session(lambda: build("lstm", "small"), Options(), "cpu").planner
-    assert len(planner.maker.keys) >= 16 and len(set(planner.maker.keys)) <= 8
+    assert len(planner.maker.kinds.keys) >= 16 and len(set(planner.maker.kinds.keys)) <= 8
 
 
 def dropout_stack() -> tuple[nn.Module, tuple[torch.Tensor]]:

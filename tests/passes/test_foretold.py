@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moonwalk_compile.api import fake_session
 from moonwalk_compile.options import Options
 from moonwalk_compile.passes.costs import segment_cost, with_passing
-from moonwalk_compile.passes.moves import MoveMaker, are_close
+from moonwalk_compile.passes.moves.checkpoints import Checkpoints, are_close
 
 
 class Uneven(nn.Module):
@@ -33,35 +33,35 @@ class Uneven(nn.Module):
         return x.square().mean()
 
 
-def maker_of(skips: bool) -> MoveMaker:
+def checkpoints_of(skips: bool) -> Checkpoints:
     def build() -> object:
         return Uneven(24, skips), (torch.randn(64, 16),)
 
     options = Options(lowering="eager", strategies=("keep", "checkpoint"))
     planner = fake_session(build, options, "cpu").planner
     assert planner is not None
-    return planner.maker
+    return planner.maker.checkpoints
 
 
 @pytest.mark.parametrize("skips", [False, True], ids=["chain", "skips"])
 def test_told_costs_are_those_simulated(fresh_compiler: None, skips: bool) -> None:
-    maker = maker_of(skips)
-    spans = [
-        (first, last) for last in range(len(maker.keys)) for first in range(max(0, last - maker.longest + 1), last)
-    ]
+    checkpoints = checkpoints_of(skips)
+    count, longest = len(checkpoints.kinds.keys), checkpoints.longest
+    spans = [(first, last) for last in range(count) for first in range(max(0, last - longest + 1), last)]
     for first, last in spans:
-        segment = maker.checkpoint(first, last)
-        simulated = segment_cost(maker.facts, segment)
-        move = maker._checkpoint_move(first, last)
+        segment = checkpoints.segment(first, last)
+        simulated = segment_cost(checkpoints.facts, segment)
+        move = checkpoints.move(first, last)
         assert simulated is not None and move is not None
-        assert are_close(move.cost, with_passing(maker.facts, segment, simulated)), (first, last)
-    assert len(maker.foretold) > len(spans) / 4
+        assert are_close(move.cost, with_passing(checkpoints.facts, segment, simulated)), (first, last)
+    assert len(checkpoints.foretold) > len(spans) / 4
 
 
 def test_few_checkpoints_of_a_chain_are_simulated(fresh_compiler: None) -> None:
-    maker = maker_of(skips=False)
-    assert len(set(maker.keys)) > 20  # the blocks are not alike
-    for last in range(len(maker.keys)):
-        maker._checkpoint_moves(last)
-    simulated = sum(name == "checkpoint" for name, _ in maker.costs)
-    assert simulated < len(maker.checkpoints) / 2
+    checkpoints = checkpoints_of(skips=False)
+    kinds = checkpoints.kinds
+    assert len(set(kinds.keys)) > 20  # the blocks are not alike
+    for last in range(len(kinds.keys)):
+        list(checkpoints.moves(last))
+    simulated = sum(name == "checkpoint" for name, _ in kinds.costs)
+    assert simulated < len(checkpoints.found) / 2

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moonwalk_compile.api import fake_session
 from moonwalk_compile.options import Options
 from moonwalk_compile.passes.analysis import Analysis
-from moonwalk_compile.passes.keepsets import keep_sets, kept_as_one, min_cut_keep, not_packed
+from moonwalk_compile.passes.moves.keepsets import keep_sets, kept_as_one, min_cut_keep, not_packed
 
 from .hand import Hand, Layer, analysis_of, chain
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from moonwalk_compile.passes.certificates import Certificate, chain_error
 from moonwalk_compile.passes.emit import Segment
 from moonwalk_compile.passes.liveness import Timeline
-from moonwalk_compile.passes.moves import RUNS, Move
+from moonwalk_compile.passes.moves import Move
+from moonwalk_compile.passes.moves.keeping import RUNS
 from moonwalk_compile.passes.plan import Planned, Planner
 from moonwalk_compile.passes.solutions import Facts
 from moonwalk_compile.passes.verify import verify
@@ -47,8 +48,8 @@ def planner_of(drawn: list[Layer], **options: object) -> Planner:
 def every_move(planner: Planner, last: int) -> Iterator[Move]:
     """Every segment that ends at `last`; inverted chains are joined from their blocks."""
     yield from (move for move in planner.moves[last] if move.segment.strategy != "invert")
-    firsts = (first for first in range(last + 1) if planner.maker.reach[first] >= last)
-    yield from (planner.maker.inversion(first, last) for first in firsts)
+    firsts = (first for first in range(last + 1) if planner.maker.chains.reach[first] >= last)
+    yield from (planner.maker.chains.inversion(first, last) for first in firsts)
 
 
 def segmentations(planner: Planner, last: int) -> Iterator[list[Move]]:
@@ -214,7 +215,7 @@ def test_a_chain_ends_before_its_error_passes_the_tolerance():
     """Noise of 1e-6 that doubles with each block: 1, 2.2, 4.6, 9.2, 18 millionths."""
     noise = certified(8, Certificate(1e-6, 2.0))
     planner = planner_of([Layer(inverse=True)] * 8, certificates=noise, tolerance=1e-5)
-    longest = planner.maker.longest_chain("invert", 7)
+    longest = planner.maker.chains.longest("invert", 7)
     assert longest is not None and longest.span == range(4, 8)
     assert planner.error_of(longest) == pytest.approx(9.2e-6, rel=0.01)
 
@@ -253,7 +254,7 @@ def ratios_of_thinned_fronts(seed: int) -> list[float]:
 
 def test_a_thinned_front_loses_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those stay that are best at the price of a byte: an even choice among states that differ a bit is 5 to 7% off."""
-    monkeypatch.setattr("moonwalk_compile.passes.moves.RUNS", ())
+    monkeypatch.setattr("moonwalk_compile.passes.moves.keeping.RUNS", ())
     assert all(1 <= ratio < 1.02 for ratio in ratios_of_thinned_fronts(1))
 
 

@@ -13,8 +13,9 @@ from moonwalk_compile import api, backend, moonwalk_compile, peers
 from moonwalk_compile.api import fake_session
 from moonwalk_compile.measure import compare_steps, measure_step
 from moonwalk_compile.options import Options
-from moonwalk_compile.passes import moves
 from moonwalk_compile.passes.cost import DEVICES
+from moonwalk_compile.passes.moves.checkpoints import Checkpoints
+from moonwalk_compile.passes.moves.keeping import RUNS, Keeping
 from moonwalk_compile.passes.plan import Planner
 from moonwalk_compile.passes.verify import verify
 from moonwalk_compile.session import Session
@@ -66,7 +67,7 @@ def planner_of() -> Planner:
 def test_a_run_keeps_less_than_its_blocks_one_by_one() -> None:
     planner = planner_of()
     runs = [m for at in planner.moves for m in at if m.segment.strategy == "keep" and len(m.segment.span) > 1]
-    assert {len(move.segment.span) for move in runs} == {*moves.RUNS}
+    assert {len(move.segment.span) for move in runs} == {*RUNS}
     values = planner.analysis.graph.values
     for move in runs:
         between = {values[v].storage for i in move.segment.span[1:] for v in planner.analysis.blocks[i].live_in}
@@ -80,8 +81,8 @@ def test_every_run_can_stand_in_a_plan() -> None:
         for move in at:
             segment = move.segment
             if segment.strategy == "keep" and len(segment.span) > 1:
-                before = [planner.maker.plain(index) for index in range(segment.first)]
-                behind = [planner.maker.plain(index) for index in range(segment.last + 1, len(planner.moves))]
+                before = [planner.maker.keeping.plain(index) for index in range(segment.first)]
+                behind = [planner.maker.keeping.plain(index) for index in range(segment.last + 1, len(planner.moves))]
                 found = planner.arranged([*before, segment, *behind])
                 verify(planner.analysis, found.schedule)
                 assert found.peak <= planner.loose.peak
@@ -90,10 +91,10 @@ def test_every_run_can_stand_in_a_plan() -> None:
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_gradients_of_runs_are_exact(lowering: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With runs as the only other way to keep less, a plan is made of them."""
-    whole = moves.MoveMaker._keep_moves
-    monkeypatch.setattr(moves.MoveMaker, "_keep_moves", lambda maker, index: whole(maker, index)[:1])
-    monkeypatch.setattr(moves.MoveMaker, "_checkpoint_moves", lambda maker, last: [])
-    monkeypatch.setattr(moves.MoveMaker, "_nested_moves", lambda maker, last: [])
+    alone = Keeping.moves
+    monkeypatch.setattr(Keeping, "moves", lambda keeping, index: alone(keeping, index)[:1])
+    monkeypatch.setattr(Checkpoints, "moves", lambda checkpoints, last: [])
+    monkeypatch.setattr(Checkpoints, "nested", lambda checkpoints, last: [])
     model, x = Net(), image()
     reference = peers.plain(copy.deepcopy(model), lowering)  # at kinks, other roundings are other gradients
     ours = moonwalk_compile(

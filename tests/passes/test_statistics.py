@@ -84,7 +84,7 @@ def test_checkpoints_keep_the_statistics_of_images(name: str) -> None:
     analysis = analyse(capture_joint(step, [torch.randn(4, 8, 16, 16), *weights]), FUSING)
     facts = Facts(analysis)
     planner = Planner(facts, ("checkpoint", "keep"), {}, 1e-4)
-    program = backward_program(facts, planner.maker.checkpoint(0, len(analysis.blocks) - 1))
+    program = backward_program(facts, planner.maker.checkpoints.segment(0, len(analysis.blocks) - 1))
     again = {base_name(instruction.operation.target) for instruction in program.instructions}
     assert "convolution" in again and not {f"native_{name}", "_native_batch_norm_legit"} & again
 

@@ -27,10 +27,12 @@ def planner(fresh_compiler: None) -> Planner:
 def ragged(planner: Planner) -> Planned:
     """A chain that stops before the end, with a checkpoint for each block behind it."""
     blocks = len(planner.analysis.blocks)
-    chain = planner.maker.longest_chain("invert", blocks - 3)
+    chain = planner.maker.chains.longest("invert", blocks - 3)
     assert chain is not None
-    front = [planner.maker.checkpoint(0, chain.first - 1)]
-    return planner.arranged([*front, chain, *(planner.maker.checkpoint(i, i) for i in (blocks - 2, blocks - 1))])
+    front = [planner.maker.checkpoints.segment(0, chain.first - 1)]
+    return planner.arranged(
+        [*front, chain, *(planner.maker.checkpoints.segment(i, i) for i in (blocks - 2, blocks - 1))]
+    )
 
 
 def test_a_chain_is_grown_over_the_odd_segments_at_its_ends(planner: Planner) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import networkx as nx
 
-from .analysis import Analysis
-from .blocks import Block
-from .graph import Edge
-from .inverse import solve
+from ..analysis import Analysis
+from ..blocks import Block
+from ..graph import Edge
+from ..inverse import solve
 
 _FOREVER = float("inf")
 

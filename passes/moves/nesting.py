@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
-from .costs import Cost
-from .emit import Segment
+from ..costs import Cost
+from ..emit import Segment
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 FRONT = 5  # ways of running a group that are remembered
