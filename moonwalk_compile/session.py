@@ -180,7 +180,8 @@ class Session:
         return math.inf if is_real(self.example_inputs or ()) else TRIAL
 
     def _workspaces(self) -> Workspaces | None:
-        return Workspaces(limit=self._trial_limit()) if self._at_hand() else None
+        fused = self.options.lowering == "inductor"
+        return Workspaces(limit=self._trial_limit(), fused=fused) if self._at_hand() else None
 
     def _watch(self) -> StepMeter | None:
         inputs = self.example_inputs or ()

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .graph import Call
+    from .trials import Like
 
 aten = torch.ops.aten
 # Convolutions, with how many images they begin their arguments with.
@@ -27,3 +32,17 @@ def channels_last(size: Sequence[int], strides: Sequence[int]) -> tuple[int, ...
     if len(size) != 4:
         return tuple(strides)
     return torch.empty(tuple(size), device="meta", memory_format=torch.channels_last).stride()
+
+
+def laid_out(call: Call, as_captured: bool = False) -> Call:
+    """A call as it is made where operations are fused: a convolution on a CPU on images channels last. With
+    `as_captured` convolutions get their gradients from images as they were captured all the same."""
+    target, args, kwargs = call
+    if as_captured and target is aten.convolution_backward.default:
+        return call
+    images = CONVOLUTIONS.get(target, 0)
+    return target, (*map(_channels_last, args[:images]), *args[images:]), kwargs
+
+
+def _channels_last(image: Like) -> Like:
+    return replace(image, stride=channels_last(image.size, image.stride)) if image.device.type == "cpu" else image

@@ -298,7 +298,8 @@ class Planner:
     @cached_property
     def plain(self) -> Planned:
         """Plain backpropagation, as PyTorch runs it: all that the backward pass reads is kept, nothing written over."""
-        facts = Facts(self.analysis, workspace=self.facts.workspace)
+        workspaces = self.facts.workspace
+        facts = Facts(self.analysis, workspace=None if workspaces is None else workspaces.plain)
         segments = self._all_kept()
         return measure_schedule(facts, segments, emit(facts, segments), device=self.analysis.device.plain)
 

@@ -10,8 +10,9 @@ from typing import Any, cast
 from .analysis import Analysis
 from .blocks import Block, demanded
 from .fusion import edges_seconds
-from .graph import Edge, Graph, Operation
+from .graph import Edge, Graph
 from .inverse import CUSTOM, WAITING_BYTES_PER_S, Solution, jumps, kinks, solve
+from .workspace import Workspaces
 
 SMALL = 16  # a residual that is this many times smaller than what a block has anyway is not worth avoiding
 
@@ -261,7 +262,7 @@ class Facts:
         self,
         analysis: Analysis,
         reuse: bool = False,
-        workspace: Callable[[Operation], int] | None = None,
+        workspace: Workspaces | None = None,
         freed: frozenset[int] = frozenset(),
     ) -> None:
         self.analysis, self.reuse, self.workspace, self.freed = analysis, reuse, workspace, freed

@@ -17,7 +17,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from ._torch_compat_inductor import disable_current_modes, tree_leaves
 from .graph import Call, Operation
-from .layout import CONVOLUTIONS, channels_last
+from .layout import CONVOLUTIONS, laid_out
 from .trials import Like, made_up, may_be_tried
 
 SPENT_S = 0.05  # on one call, after a first run that does not count
@@ -66,8 +65,8 @@ class Clock:
         if self.fused and torch.Tag.pointwise in call[0].tags:
             return None
         if (id(call), as_captured) not in self.known:
-            moved = self.fused and not (as_captured and call[0] is torch.ops.aten.convolution_backward.default)
-            self.known[id(call), as_captured] = (call, self._look_up(laid_out(call) if moved else call))
+            called = laid_out(call, as_captured) if self.fused else call
+            self.known[id(call), as_captured] = (call, self._look_up(called))
         return self.known[id(call), as_captured][1]
 
     def save(self) -> None:
@@ -124,17 +123,6 @@ def processor() -> str:
         return next(line for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def laid_out(call: Call) -> Call:
-    """A convolution on a CPU as it is called where operations are fused: on images channels last."""
-    target, args, kwargs = call
-    images = CONVOLUTIONS.get(target, 0)
-    return target, (*map(_channels_last, args[:images]), *args[images:]), kwargs
-
-
-def _channels_last(image: Like) -> Like:
-    return replace(image, stride=channels_last(image.size, image.stride)) if image.device.type == "cpu" else image
 
 
 def measured_seconds(call: Call, limit: float = math.inf) -> float | None:

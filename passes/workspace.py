@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, TypeVar
 
@@ -25,7 +25,8 @@ from ._torch_compat_inductor import (
     stop_profiler,
     tree_leaves,
 )
-from .graph import Operation
+from .graph import Call, Operation
+from .layout import laid_out
 from .sizes import allocated
 from .trials import Like, frozen_call, made_up, may_be_tried
 from .wrapper_memory import ProfileUnknown
@@ -34,9 +35,12 @@ from .wrapper_memory import ProfileUnknown
 @dataclass
 class Workspaces:
     """The workspace of operations by trial, for the planner. What cannot be tried, or has more than `limit` bytes of
-    operands, counts as 0."""
+    operands, counts as 0. With `fused` (Inductor) calls are made as they are laid out there, `as_captured` as by
+    plain Inductor."""
 
     limit: float = math.inf
+    fused: bool = False
+    as_captured: bool = False
     found: dict[object, int] = field(default_factory=dict)
     known: dict[int, tuple[Operation, int]] = field(default_factory=dict)  # by the object: calls take long to compare
 
@@ -44,8 +48,14 @@ class Workspaces:
         if operation.call is None or not operation.borrows:
             return 0
         if id(operation) not in self.known:
-            self.known[id(operation)] = operation, self._of(*operation.call)
+            call = laid_out(operation.call, self.as_captured) if self.fused else operation.call
+            self.known[id(operation)] = operation, self._of(*call) + copied_bytes(operation.call, call)
         return self.known[id(operation)][1]
+
+    @property
+    def plain(self) -> Workspaces:
+        """Those of plain backpropagation."""
+        return replace(self, as_captured=True, known={})
 
     def of_call(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
         """Of a call in a generated wrapper: a `wrapper_memory.Workspace`."""
@@ -67,6 +77,12 @@ class Workspaces:
             return _measure(target, args, kwargs, torch.get_num_threads()) if likes else 0
         except ProfileUnknown:
             return 0
+
+
+def copied_bytes(captured: Call, called: Call) -> int:
+    """What is copied for another layout though it has none of its own: parts of images, and expanded ones."""
+    images = zip(captured[1], called[1], strict=True)
+    return sum(new.bytes for old, new in images if isinstance(old, Like) and old.elements != new.elements)
 
 
 def measured_workspace(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:

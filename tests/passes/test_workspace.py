@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from moonwalk_compile.passes import workspace
+from moonwalk_compile.passes.graph import Operation
+from moonwalk_compile.passes.trials import frozen_call
 from moonwalk_compile.passes.workspace import Workspaces, watched
 
 aten = torch.ops.aten
@@ -37,6 +39,25 @@ def test_each_distinct_call_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_is_too_large_is_not_tried() -> None:
     assert Workspaces(limit=8).of_call(aten.sort.default, (torch.empty(1000),), {}) == 0
+
+
+def gradients(cotangent: torch.Tensor, images: torch.Tensor) -> Operation:
+    rest = (torch.empty(4, 4, 3, 3), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False])
+    call = (aten.convolution_backward.default, *frozen_call((cotangent, images, *rest), {}))
+    return Operation(aten.convolution_backward.default, (), new=(4,), borrows=True, call=call)
+
+
+def test_where_loops_are_fused_convolutions_are_tried_as_they_are_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(workspace, "_measure", lambda target, args, kwargs, threads: tried.append(args) or 7)
+    images, parts = torch.empty(2, 4, 6, 6), torch.empty(2, 8, 6, 6)[:, 4:]
+    fused = Workspaces(fused=True)
+    for found in (Workspaces(), fused, fused.plain):
+        assert found(gradients(images, images)) == 7
+    as_captured, last = (144, 36, 6, 1), (144, 1, 24, 4)
+    assert [args[1].stride for args in tried] == [as_captured, last, as_captured]
+    assert fused(gradients(parts, images)) == 7 + images.nbytes  # a part is copied to have a layout of its own
+    assert Workspaces()(gradients(parts, images)) == 7
 
 
 def test_bags_are_not_empty_when_they_are_tried() -> None:
