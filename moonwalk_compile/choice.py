@@ -30,7 +30,7 @@ Certificates = dict[tuple[str, int], Certificate]
 
 
 @dataclass(frozen=True)
-class Lowered:
+class LoweredPlan:
     """A plan with its compiled halves. `peak` is that of the generated code; of the simulation where that is what runs,
     or where nothing was compiled."""
 
@@ -53,12 +53,12 @@ class Chooser:
     planner: Planner
     options: Options
     margin: int
-    lower: Callable[[Planned, float, bool], Lowered] | None
+    lower: Callable[[Planned, float, bool], LoweredPlan] | None
     programs: Callable[[Planned], list[tuple[Program, Sequence[int]]]]
     certify: Callable[[list[Segment]], Certificates] | None
     cornered: bool = False  # the budget left only the smallest plan
 
-    def settle(self) -> Lowered:
+    def settle(self) -> LoweredPlan:
         """A plan within the budget, or within what the budget came to for other inputs.
 
         The last batch of an epoch may be too small for its part of plain's peak, most of which is then gradients.
@@ -72,7 +72,7 @@ class Chooser:
             self.options = replace(self.options, budget=Budget(bytes=budget.granted, granted=budget.granted))
             return self._settled()
 
-    def _settled(self, rounds: int = 5) -> Lowered:
+    def _settled(self, rounds: int = 5) -> LoweredPlan:
         """A plan that fits as lowered: where the generated code needs more than the budget, take that off and retry.
 
         Where it needs clearly less than was simulated, another plan may use what is left: planned again, `MORE` times
@@ -108,9 +108,9 @@ class Chooser:
             raise BudgetError(int(limit), promised(peak, places), pinned_tensors(planner, planned))
         return settled
 
-    def _lowered(self, planned: Planned, limit: float) -> Lowered:
+    def _lowered(self, planned: Planned, limit: float) -> LoweredPlan:
         if self.lower is None:
-            return Lowered(planned, planned.peak)
+            return LoweredPlan(planned, planned.peak)
         return self.lower(planned, limit - self.margin, self.cornered)
 
     def _fused_away(self, limit: float) -> int:
@@ -157,7 +157,7 @@ class Chooser:
         return planner.smallest() if found is None else planner.tidied(found, budget, math.inf)
 
 
-def _leaves_room(lowered: Lowered, peak: int, limit: float) -> bool:
+def _leaves_room(lowered: LoweredPlan, peak: int, limit: float) -> bool:
     """Whether generated code needs so much less than was simulated that another plan may use it."""
     return lowered.generated and ROOM * limit < limit - peak < math.inf
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .choice import Certificates, Chooser, Lowered
+from .choice import Certificates, Chooser, LoweredPlan
 from .describe import describe
 from .errors import OptionError
 from .inputs import input_positions, is_real, role_of, written_positions
@@ -282,7 +282,7 @@ class Session:
         assert self.analysis is not None
         return [(planned.schedule.forward, ()), (planned.schedule.backward, self.analysis.held)]
 
-    def _lowered(self, planned: Planned, limit: float, smallest: bool) -> Lowered:
+    def _lowered(self, planned: Planned, limit: float, smallest: bool) -> LoweredPlan:
         """Compile both halves.
 
         Depthwise kernels are fast on images channels last, but need room there: where it lacks, the smallest plan does
@@ -297,7 +297,7 @@ class Session:
             lowered.append(self.lowerer.halves(planned.schedule, self.analysis.held, aim))
         halves = min(lowered, key=_peak)
         self.lowering_s += time.perf_counter() - started
-        return Lowered(planned, _peak(halves) or planned.peak, *halves)
+        return LoweredPlan(planned, _peak(halves) or planned.peak, *halves)
 
     def _leave_inductor(self, reason: ProfileUnknown) -> None:
         """Of code whose memory nobody can tell no peak can be promised: plan again without it."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from .choice import Lowered
+from .choice import LoweredPlan
 from .errors import UsageError
 from .meter import StepMeter, WholeMeter
 from .passes.graph import Ref
@@ -112,7 +112,7 @@ class StepSession(Session):
         lowerer.updates = self.measure.updates
         return lowerer
 
-    def _lowered(self, planned: Planned, limit: float, smallest: bool) -> Lowered:
+    def _lowered(self, planned: Planned, limit: float, smallest: bool) -> LoweredPlan:
         """Compile the step."""
         assert self.analysis is not None and isinstance(self.lowerer, JointLowerer)
         verify_updates(self.measure.joined(self.facts, planned.schedule), self.measure.updates)
@@ -121,11 +121,11 @@ class StepSession(Session):
         program = handing_over(self.analysis, program)
         if self.options.lowering == "eager":
             module = self._module(program, "MoonwalkStep")
-            return Lowered(planned, planned.peak, Half(boxed_eager(module)), left)
+            return LoweredPlan(planned, planned.peak, Half(boxed_eager(module)), left)
         started = time.perf_counter()
         forward, rest = self.lowerer.whole(program, len(planned.schedule.forward.instructions))
         self.lowering_s += time.perf_counter() - started
-        return Lowered(planned, max(forward.peak, rest.peak), forward, replace(left, timeline=rest.timeline))
+        return LoweredPlan(planned, max(forward.peak, rest.peak), forward, replace(left, timeline=rest.timeline))
 
     def _programs(self, planned: Planned) -> list[tuple[Program, Sequence[int]]]:
         return [(self.measure.joined(self.facts, planned.schedule), ())]

@@ -16,7 +16,8 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
-from moonwalk_compile import choice, moonwalk_compile
+from moonwalk_compile import moonwalk_compile
+from moonwalk_compile.choice import LoweredPlan
 from moonwalk_compile.passes import inductor
 from moonwalk_compile.passes.inductor import Lowered, MemoryEvent, OutputStorage, ProfileUnknown, lower, peak
 from moonwalk_compile.passes.plan import Planned
@@ -341,7 +342,7 @@ def test_what_fusion_will_save_is_used_by_the_first_plan(monkeypatch: pytest.Mon
     lowered: list[tuple[int, int]] = []
     original = Session._lowered
 
-    def lowering(session: Session, planned: Planned, limit: float, smallest: bool) -> choice.Lowered:
+    def lowering(session: Session, planned: Planned, limit: float, smallest: bool) -> LoweredPlan:
         found = original(session, planned, limit, smallest)
         lowered.append((planned.peak, found.peak))
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ..blocks import Block
 from ..costs import storages
@@ -44,15 +44,22 @@ class Keeping:
 
     def _move(self, index: int, kept: frozenset[int], price: float, anchored: bool) -> Move | None:
         """One of the kept sets of a block, `anchored` with all that enters it; None where the move adds nothing."""
-        block = self.analysis.blocks[index]
-        entering = frozenset(block.live_in if anchored else ())
-        values = self._with_borders(kept | entering | drawn(self.analysis, block), block)
+        entering = frozenset(self.analysis.blocks[index].live_in if anchored else ())
+        name = ("keep", self.kinds.positions(kept, index), price, anchored)
+        move = self._keeping(index, index, kept | entering, price, name)
+        return move if move is not None and (move.cost.covers_in or not anchored) else None
+
+    def _keeping(self, first: int, last: int, kept: frozenset[int], price: float, name: object) -> Move | None:
+        """These blocks with all that they draw; at a price, None where everything is worth packing."""
+        blocks = self.analysis.blocks[first : last + 1]
+        values = kept.union(*(drawn(self.analysis, block) for block in blocks))
+        values = self._with_borders(values, (blocks[0], blocks[-1]))
         whole = not_packed(self.analysis, values, price)
         if price and not whole:
             return None
-        segment = Segment(index, index, "keep", values, whole=whole)
-        cost = self.kinds.cost(("keep", self.kinds.positions(kept, index), price, anchored), segment)
-        return Move(segment, cost) if cost is not None and (cost.covers_in or not anchored) else None
+        segment = Segment(first, last, "keep", values, whole=whole)
+        cost = self.kinds.cost(name, segment)
+        return None if cost is None else Move(segment, cost)
 
     def _sets(self, index: int) -> list[KeepSet]:
         kinds = self.kinds
@@ -65,10 +72,11 @@ class Keeping:
             self.sets[kind] = [(kinds.positions(kept, index), price) for kept, price in sets]
         return [(kinds.values(positions, index), price) for positions, price in self.sets[kind]]
 
-    def _with_borders(self, kept: frozenset[int], block: Block) -> frozenset[int]:
+    def _with_borders(self, kept: frozenset[int], ends: Iterable[Block]) -> frozenset[int]:
         """Of a storage that is kept anyway, every value at the borders: an inverted neighbour needs them all."""
         charges, there = self.analysis.charges, storages(self.analysis, kept)
-        return kept | {value for value in (*block.live_in, *block.live_out) if charges[value][0] in there}
+        borders = {value for block in ends for value in (*block.live_in, *block.live_out)}
+        return kept | {value for value in borders if charges[value][0] in there}
 
     # -- runs ------------------------------------------------------------------------------------------------------
 
@@ -77,19 +85,8 @@ class Keeping:
         for first in (last - length + 1 for length in RUNS if length <= last + 1):
             links = self._links(first, last)
             for number, (kept, price) in enumerate(self._run_sets(first, last, links)):
-                moves = (self._run(first, last, kept, at, (links, number)) for at in (0.0, price))
+                moves = (self._keeping(first, last, kept, at, ("run", links, number, at)) for at in (0.0, price))
                 yield from (move for move in moves if move is not None)
-
-    def _run(self, first: int, last: int, kept: frozenset[int], price: float, name: object) -> Move | None:
-        blocks = self.analysis.blocks[first : last + 1]
-        values = kept.union(*(drawn(self.analysis, block) for block in blocks))
-        values = self._with_borders(self._with_borders(values, blocks[0]), blocks[-1])
-        whole = not_packed(self.analysis, values, price)
-        if price and not whole:
-            return None
-        segment = Segment(first, last, "keep", values, whole=whole)
-        cost = self.kinds.cost(("run", name, price), segment)
-        return None if cost is None else Move(segment, cost)
 
     def _run_sets(self, first: int, last: int, links: object) -> list[KeepSet]:
         """What such blocks may keep; only what is less than they keep one by one."""
