@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ._torch_compat import fx_graph_cse
-from .cost import Device, base_name, edge_seconds, qualified_name
-from .graph import Edge, Graph, Operation, Ref, Role, Stage, Value, map_refs
+from .cost import Device, base_name, operation_seconds, qualified_name
+from .graph import Edge, Graph, Ref, Role, Stage, Value
 from .sizes import storage_bytes
 from .trace import Recorder, tensors_of
 
@@ -100,28 +100,28 @@ class JointReader:
         if node.target is operator.getitem and node.args[0] not in self.index:
             return  # belongs to the edge of its tuple
         items = tuple_items(node)
-        group = [node, *items]
-        inputs = list(dict.fromkeys(argument for argument in node.all_input_nodes))
-        slots = {self.recorder.slot[argument]: position for position, argument in enumerate(inputs)}
+        inputs = list(dict.fromkeys(node.all_input_nodes))
+        slots = {read: position for position, read in enumerate(inputs)}
         operations = []
-        for position, member in enumerate(group):
-            operations.append(self.recorder.add_call(member))
-            slots[self.recorder.slot[member]] = len(inputs) + position
+        for member in (node, *items):
+            operations.append(self.recorder.add_call(member, slots))
+            slots[member] = len(slots)
         gives = items if items or isinstance(node.meta.get("val"), (tuple, list)) else [node]
         given = tuple(self._add_value(item, "computed", self._storage_of(item)) for item in gives)
         edge = Edge(
             gives=given,
-            needs=tuple(self.index[argument] for argument in inputs),
-            operations=tuple(relocate(operation, slots) for operation in operations),
-            results=tuple(slots[self.recorder.slot[item]] for item in gives),
+            needs=tuple(self.index[read] for read in inputs),
+            operations=tuple(operations),
+            results=tuple(slots[item] for item in gives),
             label=qualified_name(node.target),
             stage=self._stage(node),
+            seconds=sum(operation_seconds(operation, self.device) for operation in operations),
             random=is_random(node),
             effect=is_effect(node),
             sequence=node.meta.get("seq_nr"),
             source=node.meta.get("stack_trace") or "",
         )
-        self.edges.append(replace(edge, seconds=edge_seconds(edge, self.device)))
+        self.edges.append(edge)
 
     def _storage_of(self, node: fx.Node) -> int:
         tensors = tensors_of(node.meta.get("val"))
@@ -140,16 +140,6 @@ class JointReader:
 
     def _mutated(self) -> frozenset[int]:
         return frozenset(edge.needs[0] for edge in self.edges if edge.effect and edge.label.endswith("_"))
-
-
-def relocate(operation: Operation, slots: Mapping[int, int]) -> Operation:
-    """Number the slots of an operation from its edge's own inputs."""
-    return replace(
-        operation,
-        args=map_refs(operation.args, lambda ref: Ref(slots[ref.slot])),
-        kwargs=map_refs(operation.kwargs, lambda ref: Ref(slots[ref.slot])),
-        holds=tuple((slot if slot < 0 else slots[slot], position) for slot, position in operation.holds),
-    )
 
 
 def tuple_items(node: fx.Node) -> list[fx.Node]:

@@ -171,10 +171,7 @@ def signature(facts: Facts, block: Block) -> tuple[object, tuple[int, ...]]:
 
     def edge_key(edge: Edge) -> object:
         constants = tuple(
-            (str(op.target), op.new)
-            if base_name(op.target) in WHERE
-            else (str(op.target), repr(op.args), repr(op.kwargs))
-            for op in edge.operations
+            (str(op.target), op.new) if base_name(op.target) in WHERE else op.text for op in edge.operations
         )
         return (constants, tuple(map(local, edge.needs)), tuple(map(local, edge.gives)), edge.random)
 

@@ -101,6 +101,7 @@ def _undominated(kept: Floats, seconds: Floats, covered: Flags, reach: Integers,
         rows = np.flatnonzero((covered == flag) & (reach == last))
         if not len(rows):
             continue
+        rows = rows[_candidates(kept[rows], seconds[rows])]
         rows = rows[np.lexsort((seconds[rows], kept[rows]))]
         best = np.minimum.accumulate(seconds[rows])
         better = np.ones(len(rows), dtype=bool)
@@ -108,6 +109,14 @@ def _undominated(kept: Floats, seconds: Floats, covered: Flags, reach: Integers,
         rows = rows[better]
         chosen.append(rows[_thinned(kept[rows], seconds[rows], most)] if len(rows) > most else rows)
     return np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
+
+
+def _candidates(kept: Floats, seconds: Floats) -> Integers:
+    """In order, the places that nothing before them is better than where states are sorted by one key alone, which is
+    quick: all that are undominated, and some that are not."""
+    order = np.argsort(kept)
+    ordered = seconds[order]
+    return np.sort(order[ordered <= np.minimum.accumulate(ordered)])
 
 
 def _thinned(kept: Floats, seconds: Floats, most: int) -> Integers:

@@ -93,7 +93,7 @@ def unmaterialised(program: Program) -> Program:
         new = tuple(0 if (slot, item) in inside else size for item, size in enumerate(operation.new))
         return instruction if new == operation.new else instruction._replace(operation=replace(operation, new=new))
 
-    return replace(program, instructions=tuple(map(thinned, program.instructions)))
+    return program.rewritten(map(thinned, program.instructions))
 
 
 def edges_seconds(edges: Iterable[Edge], wanted: Collection[int], graph: Graph, device: Device) -> float:

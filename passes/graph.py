@@ -18,11 +18,14 @@ Role = Literal["parameter", "buffer", "input", "tangent", "computed"]
 Kind = Literal["forward", "inverse", "codec", "fragment"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Ref:
     """A reference to a slot, inside the arguments of an operation or an instruction."""
 
     slot: int
+
+    def __repr__(self) -> str:
+        return f"%{self.slot}"
 
 
 def map_refs(tree: Any, function: Callable[[Ref], Any]) -> Any:
@@ -77,6 +80,11 @@ class Operation:
     def reads(self) -> tuple[int, ...]:
         """The slots that it reads, in order."""
         return tuple(ref.slot for ref in refs_in((self.args, self.kwargs)))
+
+    @cached_property
+    def text(self) -> str:
+        """What is called, and how: equal for operations that do the same to tensors of equal layout."""
+        return f"{self.target} {self.args} {self.kwargs}"
 
 
 @dataclass(frozen=True)

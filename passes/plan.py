@@ -33,6 +33,7 @@ from .solutions import Facts
 CLOSE = 0.002  # part of a budget that is not worth another round; twice as much after each,
 CLOSEST = 0.01  # up to this much
 HARDLY = 0.01  # part of a step's time that a plan of fewer segments may take longer
+HARDLY_FASTER = 0.001  # part of a step's time for which another plan is not simulated
 HARDLY_LARGER = 0.005  # part of the smallest peak that is not worth a slower plan
 REACH = 8  # blocks behind a chain over which it may be grown
 TRIALS = 4  # such plans that are simulated
@@ -315,9 +316,10 @@ class Planner:
         """The fastest plan whose *simulated* peak is within `budget`; the modelled budget is moved to get there.
 
         By what is left or lacking, in steps that grow while it lacks, and by halves between one that was low enough
-        and one that was too high.
+        and one that was too high; as long as the model promises to gain something.
         """
         best: Planned | None = None
+        promised = math.inf  # seconds of the best one, by the model
         target, enough, short, push = float(budget), 0.0, math.inf, 1
         found: dict[object, int] = {}  # peaks
         for attempt in range(2 * plans):
@@ -328,13 +330,15 @@ class Planner:
                 target *= 1.04
                 continue
             key = tuple((move.segment, move.pieces) for move in moves)
-            if key not in found and len(found) == plans:
-                break
+            seconds = sum(move.cost.seconds for move in moves)
             if key not in found:
+                hopeless = best is not None and promised - seconds < HARDLY_FASTER * best.seconds
+                if hopeless or len(found) == plans:
+                    break
                 planned = self.realise(moves)
                 found[key] = planned.peak
                 if planned.peak <= budget and (best is None or planned.seconds < best.seconds):
-                    best = planned
+                    best, promised = planned, seconds
             slack = budget - found[key]
             if slack >= 0:
                 enough, push = max(enough, target), 1

@@ -63,6 +63,12 @@ class Program:
             last[ref.slot] = len(self.instructions)
         return last
 
+    def rewritten(self, instructions: Iterable[Instruction]) -> Program:
+        """The same program of other instructions, each of which reads what the one in its place did."""
+        program = Program(self.inputs, tuple(instructions), self.outputs)
+        program.__dict__["last_use"] = self.last_use
+        return program
+
 
 class Builder:
     """Emits edges; an edge is emitted once per environment, and inputs are declared when first read."""

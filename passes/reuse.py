@@ -50,7 +50,7 @@ def written_over(analysis: Analysis, program: Program) -> Program:
     for position, instruction in enumerate(program.instructions):
         place = next(_places(analysis, instruction, position, owners, last, values), None)
         instructions.append(instruction if place is None else _over(instruction, place))
-    return replace(program, instructions=tuple(instructions))
+    return program.rewritten(instructions)
 
 
 def is_fresh(operation: Operation) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from .trials import frozen_call
 
 
 def tensors_of(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
     return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
 
 
-def storage_keys(value: Any) -> list[int]:
-    return [tensor.untyped_storage()._cdata for tensor in tensors_of(value)]
+def storage_keys(tensors: Iterable[Tensor]) -> list[int]:
+    return [tensor.untyped_storage()._cdata for tensor in tensors]
 
 
 def call_of(node: fx.Node) -> Call | None:
@@ -46,52 +48,49 @@ def may_borrow(node: fx.Node) -> bool:
 
 
 class Recorder:
-    """Numbers FX nodes as slots and describes each call by the storages that it allocates or shares."""
+    """Describes each call by the storages that it allocates or shares."""
 
     def __init__(self) -> None:
-        self.slot: dict[fx.Node, int] = {}
-        self.held: list[list[int]] = []
+        self.held: dict[fx.Node, list[int]] = {}
+        self.bytes: dict[fx.Node, int] = {}
 
     def add_input(self, node: fx.Node) -> None:
-        self.slot[node] = len(self.held)
-        self.held.append(storage_keys(node.meta.get("val")))
-
-    def add_call(self, node: fx.Node) -> Operation:
         value = node.meta.get("val")
-        inputs = [self.slot[argument] for argument in node.all_input_nodes]
+        self._add(node, value, storage_keys(tensors_of(value)))
+
+    def _add(self, node: fx.Node, value: Any, keys: list[int]) -> None:
+        self.held[node], self.bytes[node] = keys, storage_bytes(value)
+
+    def add_call(self, node: fx.Node, slots: Mapping[fx.Node, int]) -> Operation:
+        """The call of a node; `slots` numbers what it reads."""
+        value, inputs = node.meta.get("val"), node.all_input_nodes
+        tensors = tensors_of(value)
+        keys = storage_keys(tensors)
         new: list[int] = []
         holds: list[tuple[int, int]] = []
-        for tensor, key in zip(tensors_of(value), storage_keys(value), strict=True):
-            place = next(((slot, self.held[slot].index(key)) for slot in inputs if key in self.held[slot]), None)
+        for tensor, key in zip(tensors, keys, strict=True):
+            place = next(((slots[read], self.held[read].index(key)) for read in inputs if key in self.held[read]), None)
             if place is None:
                 place = (-1, len(new))
                 new.append(0 if node.op == "get_attr" else storage_bytes(tensor))
             holds.append(place)
-        self.add_input(node)
-        flops = count_flops(node) if any(new) else 0.0
-        moved = sum(new) and sum(new) + sum(
-            storage_bytes(argument.meta.get("val")) for argument in node.all_input_nodes
-        )
+        self._add(node, value, keys)
+        made = sum(new)
+
+        def reference(read: fx.Node) -> Any:
+            return Ref(slots[read])
+
         return Operation(
             node.target,
-            self.arguments(node.args),
-            self.arguments(node.kwargs),
+            fx.node.map_arg(node.args, reference),
+            fx.node.map_arg(node.kwargs, reference),
             tuple(new),
             tuple(holds),
-            flops,
-            moved,
-            call_of(node) if any(new) else None,
+            count_flops(node) if made else 0.0,
+            made and made + sum(self.bytes[read] for read in inputs),
+            call_of(node) if made else None,
             may_borrow(node),
         )
-
-    def arguments(self, tree: Any) -> Any:
-        """Nested arguments with each node replaced by a reference to its slot."""
-        if isinstance(tree, Mapping):
-            return {key: self.arguments(item) for key, item in tree.items()}
-        return fx.node.map_arg(tree, self._ref)
-
-    def _ref(self, node: fx.Node) -> Any:
-        return Ref(self.slot[node])
 
 
 class _Recording(TorchDispatchMode):
@@ -145,11 +144,12 @@ def trace_operations(
     graph = recording.graph
     graph.output(tuple(results))
     graph.eliminate_dead_code()
-    recorder, operations = Recorder(), []
+    recorder, operations, slots = Recorder(), [], dict[fx.Node, int]()
     for node in graph.nodes:
         if node.op == "placeholder":
             recorder.add_input(node)
         elif node.op == "call_function":
-            operations.append(recorder.add_call(node))
-    slots = tuple(recorder.slot[result] for result in results)
-    return tuple(operations), slots, tuple(result.meta["val"] for result in results)
+            operations.append(recorder.add_call(node, slots))
+        slots[node] = len(slots)
+    found_at = tuple(slots[result] for result in results)
+    return tuple(operations), found_at, tuple(result.meta["val"] for result in results)

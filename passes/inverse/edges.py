@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..capture import Capture
-from ..cost import Device, edge_seconds
+from ..cost import Device, operation_seconds
 from ..graph import Edge, Graph, Kind, Operation, Stage, refs_in
 from ..layout import lay_out
 from ..sizes import storage_bytes
@@ -69,17 +69,13 @@ class _Fragment:
 
 
 @dataclass(frozen=True)
-class _Traced:
-    """A recipe that was traced and found to give tensors of the right shapes, dtypes and layouts."""
+class _Way:
+    """Operations that were found to give tensors of the right shapes, dtypes and layouts."""
 
-    recipe: Recipe
     operations: tuple[Operation, ...]
     results: tuple[int, ...]
-    fragment: _Fragment = _Fragment()
-
-
-def _signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    return tuple(t is not None and (tuple(t.shape), t.dtype, t.stride(), t.device) for t in tensors)
+    fragment: _Fragment
+    seconds: float
 
 
 def _dense_strides(fake: Tensor) -> tuple[int, ...]:
@@ -126,104 +122,132 @@ class _Inverter:
 
     def __init__(self, capture: Capture, device: Device, orthogonal: frozenset[int], add_value: AddValue) -> None:
         self.capture, self.device, self.orthogonal, self.add_value = capture, device, orthogonal, add_value
-        self.traces: dict[Any, tuple[_Traced, ...]] = {}
-        self.region_traces: dict[Any, tuple[_Fragment, tuple[Operation, ...], tuple[int, ...]] | None] = {}
+        self.layouts: dict[int, Any] = {}
+        self.ways: dict[Any, tuple[tuple[Recipe, _Way], ...]] = {}
+        self.region_ways: dict[Any, _Way | None] = {}
 
     def of_edge(self, edge: Edge) -> Iterator[Edge]:
         """The inverse edges of one call."""
-        graph = self.capture.graph
-        for traced in self._traced(edge):
-            recipe = traced.recipe
-            items = dict(zip(result_places(edge), edge.gives, strict=True))
+        found = self._ways(edge)
+        items = dict(zip(result_places(edge), edge.gives, strict=True)) if found else {}
+        for recipe, way in found:
             gives = tuple(edge.needs[position] for position in recipe.solves)
-            if all(_is_constant(graph, value) for value in gives):
-                continue
-            if traced.fragment.fakes and not self._are_cotangents(gives):
+            if all(_is_constant(self.capture.graph, value) for value in gives):
                 continue
             needs = tuple(items[position] for position in recipe.outputs) + tuple(edge.needs[p] for p in recipe.reads)
-            taken = self._taken(traced.fragment, (*gives, *(edge.needs[p] for p in recipe.fragment_reads)), edge.label)
-            label = f"inverse of {edge.label}"
-            needs += tuple(value for fragment in taken for value in fragment.gives)
-            solved = Edge(gives, needs, traced.operations, traced.results, label, "inverse", source=edge.source)
-            yield from taken
-            yield self._finish(replace(solved, sequence=edge.sequence), traced.fragment, recipe.fragile)
+            reads = tuple(edge.needs[p] for p in recipe.fragment_reads)
+            yield from self._edges(way, gives, needs, reads, f"inverse of {edge.label}", edge)
 
     def of_region(self, region: Region) -> Iterator[Edge]:
-        fakes = [self.capture.fake(value) for value in region.needs]
-        solved = [self.capture.fake(value) for value in region.gives]
-        key = (_function_key(region.function), _signature(fakes), _signature(solved))
-        if key not in self.region_traces:
-            self.region_traces[key] = self._region_trace(region, fakes, solved)
-        traced = self.region_traces[key]
-        if traced is not None:
-            fragment, operations, results = traced
-            if fragment.fakes and not self._are_cotangents(region.gives):
+        way = self._region_way(region)
+        if way is not None:
+            yield from self._edges(way, region.gives, region.needs, region.fragment_needs, region.label, region)
+
+    def _edges(
+        self,
+        way: _Way,
+        gives: tuple[int, ...],
+        needs: tuple[int, ...],
+        reads: tuple[int, ...],
+        label: str,
+        origin: Edge | Region,
+    ) -> Iterator[Edge]:
+        """The edge that solves for `gives`, behind the one that takes its fragments where it wants any."""
+        taken = way.fragment
+        if taken.fakes:  # of cotangents only, and while they are at hand
+            if not self._are_cotangents(gives):
                 return
-            taken = self._taken(fragment, (*region.gives, *region.fragment_needs), region.label)
-            needs = region.needs + tuple(value for edge in taken for value in edge.gives)
-            kind: Kind = "inverse" if region.inverse else "forward"
-            yield from taken
-            edge = Edge(region.gives, needs, operations, results, region.label, kind)
-            yield self._finish(edge, fragment, region.fragile)
+            fragments = tuple(self.add_value(gives[0], fake, "fragment") for fake in taken.fakes)
+            seconds = self._seconds(taken.operations)
+            name = f"fragment of {origin.label}"
+            yield Edge(fragments, gives + reads, taken.operations, taken.results, name, "fragment", "backward", seconds)
+            needs += fragments
+        kind: Kind = "forward" if isinstance(origin, Region) and not origin.inverse else "inverse"
+        sequence, source = (origin.sequence, origin.source) if isinstance(origin, Edge) else (None, "")
+        yield Edge(
+            *(gives, needs, way.operations, way.results, label, kind, self._stage((*gives, *needs)), way.seconds),
+            sequence=sequence,
+            source=source,
+        )
+
+    def _stage(self, touched: Iterable[int]) -> Stage:
+        values = self.capture.graph.values
+        backward = any(value < len(values) and values[value].stage == "backward" for value in touched)
+        return "backward" if backward else "forward"
 
     def _are_cotangents(self, values: Sequence[int]) -> bool:
         return all(self.capture.graph.values[value].stage == "backward" for value in values)
 
-    def _region_trace(
-        self, region: Region, fakes: Sequence[Tensor], solved: Sequence[Tensor]
-    ) -> tuple[_Fragment, tuple[Operation, ...], tuple[int, ...]] | None:
-        reads = [self.capture.fake(value) for value in region.fragment_needs]
-        fragment = _trace_fragment(region.fragment, [*solved, *reads])
-        traced = _trace(region.function, [*fakes, *fragment.fakes], solved)
-        return None if traced is None else (fragment, *traced)
-
-    def _taken(self, fragment: _Fragment, needs: tuple[int, ...], label: str) -> list[Edge]:
-        """The edge that takes the fragments while the cotangents `needs[0]`, ... are at hand."""
-        if not fragment.fakes:
-            return []
-        gives = tuple(self.add_value(needs[0], fake, "fragment") for fake in fragment.fakes)
-        operations, results = fragment.operations, fragment.results
-        edge = Edge(gives, needs, operations, results, f"fragment of {label}", "fragment", "backward")
-        return [replace(edge, seconds=edge_seconds(edge, self.device))]
-
-    def _finish(self, edge: Edge, fragment: _Fragment, fragile: bool) -> Edge:
+    def _way(
+        self,
+        function: Callable[..., Any],
+        inputs: Sequence[Tensor],
+        solved: Sequence[Tensor],
+        taking: tuple[Callable[..., tuple[Tensor, ...]] | None, Sequence[Tensor]],
+        fragile: bool,
+    ) -> _Way | None:
         """Bytes that wait from the spine to the sweep count as time, as those of residuals do (`emit.block_spine`)."""
-        values = self.capture.graph.values
-        stages = {values[value].stage for value in (*edge.gives, *edge.needs) if value < len(values)}
-        stage: Stage = "backward" if "backward" in stages else "forward"
+        fragment = _trace_fragment(taking[0], [*solved, *taking[1]])
+        traced = _trace(function, [*inputs, *fragment.fakes], solved)
+        if traced is None:
+            return None
         waiting = sum(storage_bytes(fake) for fake in fragment.fakes) / WAITING_BYTES_PER_S
         price = FRAGILE_SECONDS if fragile else 0.0
-        return replace(edge, stage=stage, seconds=edge_seconds(edge, self.device) + waiting + price)
+        return _Way(*traced, fragment, self._seconds(traced[0]) + waiting + price)
 
-    def _traced(self, edge: Edge) -> tuple[_Traced, ...]:
+    def _seconds(self, operations: Iterable[Operation]) -> float:
+        return sum(operation_seconds(operation, self.device) for operation in operations)
+
+    def _region_way(self, region: Region) -> _Way | None:
+        key = (_function_key(region.function), self._layouts(region.needs), self._layouts(region.gives))
+        if key not in self.region_ways:
+            inputs, solved, reads = (
+                [self.capture.fake(value) for value in values]
+                for values in (region.needs, region.gives, region.fragment_needs)
+            )
+            self.region_ways[key] = self._way(region.function, inputs, solved, (region.fragment, reads), region.fragile)
+        return self.region_ways[key]
+
+    def _ways(self, edge: Edge) -> tuple[tuple[Recipe, _Way], ...]:
         rule = RULES.get(edge.label) or CUSTOM.get(edge.label)
         if rule is None or edge.random or edge.effect:
             return ()
-        call = make_call(self.capture, edge, self.orthogonal)
-        if not all(isinstance(tensor, Tensor) for tensor in call.tensors):
+        layouts = self._layouts(edge.needs)
+        if not all(layouts):
             return ()
-        arguments = repr((call.args, sorted(call.kwargs.items())))
-        key = (call.name, arguments, _signature(call.tensors), _signature(call.outputs), call.orthogonal)
-        if key not in self.traces:
-            self.traces[key] = tuple(_trace_recipes(call, rule))
-        return self.traces[key]
+        proved = tuple(position for position, value in enumerate(edge.needs) if value in self.orthogonal)
+        key = (edge.label, edge.operations[0].text, layouts, edge.results, self._layouts(edge.gives), proved)
+        if key not in self.ways:
+            call = make_call(self.capture, edge, self.orthogonal)
+            self.ways[key] = tuple(self._recipe_ways(call, rule))
+        return self.ways[key]
+
+    def _recipe_ways(self, call: Call, rule: Rule) -> Iterator[tuple[Recipe, _Way]]:
+        for recipe in _recipes(call, rule):
+            if not _sound(call, recipe):
+                continue
+            outputs = [call.outputs[position] for position in recipe.outputs]
+            inputs = [fake for fake in outputs if fake is not None] + [call.tensors[p] for p in recipe.reads]
+            solved = [call.tensors[position] for position in recipe.solves]
+            reads = [call.tensors[p] for p in recipe.fragment_reads]
+            way = self._way(recipe.function, inputs, solved, (recipe.fragment, reads), recipe.fragile)
+            if way is not None:
+                yield recipe, way
+
+    def _layouts(self, values: Iterable[int]) -> tuple[Any, ...]:
+        return tuple(self._layout(value) for value in values)
+
+    def _layout(self, value: int) -> Any:
+        """What a trace depends on; None where a value is no tensor."""
+        if value not in self.layouts:
+            fake = self.capture.fake(value)
+            tensor = isinstance(fake, Tensor)
+            self.layouts[value] = (tuple(fake.shape), fake.dtype, fake.stride(), fake.device) if tensor else None
+        return self.layouts[value]
 
 
 def _function_key(function: Callable[..., Any]) -> Any:
     return (function.func, function.args) if isinstance(function, partial) else function
-
-
-def _trace_recipes(call: Call, rule: Rule) -> Iterator[_Traced]:
-    for recipe in _recipes(call, rule):
-        if not _sound(call, recipe):
-            continue
-        outputs = [call.outputs[position] for position in recipe.outputs]
-        inputs = [fake for fake in outputs if fake is not None] + [call.tensors[p] for p in recipe.reads]
-        solved = [call.tensors[position] for position in recipe.solves]
-        fragment = _trace_fragment(recipe.fragment, [*solved, *(call.tensors[p] for p in recipe.fragment_reads)])
-        traced = _trace(recipe.function, [*inputs, *fragment.fakes], solved)
-        if traced is not None:
-            yield _Traced(recipe, *traced, fragment)
 
 
 def _recipes(call: Call, rule: Rule) -> Iterator[Recipe]:
