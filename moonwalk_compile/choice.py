@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from .passes.plan import Planned, Planner
 from .passes.program import Program
 from .passes.sizes import left_unused, promised
 from .passes.verify import verify, verify_certified
-from .pause import collector_paused
+from .pause import collector_back
 from .units import format_bytes
 
 ROOM = 0.04  # part of a budget that is worth another compilation, if generated code leaves it unused
@@ -111,7 +112,8 @@ class Chooser:
     def _lowered(self, planned: Planned, limit: float) -> LoweredPlan:
         if self.lower is None:
             return LoweredPlan(planned, planned.peak)
-        return self.lower(planned, limit - self.margin, self.cornered)
+        with collector_back() if self.options.lowering == "inductor" else contextlib.nullcontext():
+            return self.lower(planned, limit - self.margin, self.cornered)
 
     def _fused_away(self, limit: float) -> int:
         """Bytes at the peak that generated code will hardly need; 0 where no other plan would be chosen for them."""
@@ -141,7 +143,6 @@ class Chooser:
         planner.forbid_inversion()
         return self._chosen(less)
 
-    @collector_paused()
     def _chosen(self, less: int) -> Planned:
         """The plan as simulated; `less` bytes are taken off the budget. What cannot be met gets the smallest plan."""
         planner, plain = self.planner, self.planner.plain

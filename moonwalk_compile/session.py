@@ -78,6 +78,7 @@ class Session:
 
     # -- AOTAutograd's hooks ---------------------------------------------------------------------------------------
 
+    @collector_paused()
     def partition(
         self, joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -113,7 +114,6 @@ class Session:
         self.plan = replace(self.plan, planning_s=time.perf_counter() - started - self.lowering_s)
         return self._modules(self.planned, joint)
 
-    @collector_paused()
     def _prepare(self, joint: fx.GraphModule, forward_outputs: int) -> Planner:
         """Read the joint graph and analyse it."""
         inputs, options = self.example_inputs or (), self.options

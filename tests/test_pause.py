@@ -12,6 +12,7 @@ from moonwalk_compile.api import fake_session
 from moonwalk_compile.errors import BudgetError
 from moonwalk_compile.options import Budget, Options
 from moonwalk_compile.passes.plan import Planner
+from moonwalk_compile.pause import collector_back, collector_paused
 
 
 class Net(nn.Module):
@@ -44,5 +45,20 @@ def test_the_collector_waits_and_is_left_as_it_was(monkeypatch: pytest.MonkeyPat
             plan(1)
         assert seen == [False]
         assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_code_is_generated_with_the_collector_where_the_user_has_it(enabled: bool) -> None:
+    if not enabled:
+        gc.disable()
+    try:
+        with collector_paused():
+            with collector_back():
+                assert gc.isenabled() is enabled
+            assert not gc.isenabled()
+        with collector_back():
+            assert gc.isenabled() is enabled
     finally:
         gc.enable()
