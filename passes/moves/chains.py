@@ -21,6 +21,7 @@ class Chains:
         self.strategies, self.tolerance = tuple(s for s in strategies if s in INVERTED), tolerance
         self.certificates: dict[tuple[str, int], Certificate] = {}
         self.singles: dict[tuple[str, int], tuple[Segment, Cost] | None] = {}
+        self.unable: set[tuple[str, int]] = set()  # kinds of blocks whose values cannot be solved for
 
     def certify(self, certificates: Mapping[tuple[str, int], Certificate]) -> None:
         self.certificates.update(certificates)
@@ -103,22 +104,25 @@ class Chains:
         return self.singles[strategy, index]
 
     def _made_single(self, strategy: str, index: int) -> tuple[Segment, Cost] | None:
-        block = self.analysis.blocks[index]
-        kept = self.kinds.residues[index]
+        block, kept = self.analysis.blocks[index], self.kinds.residues[index]
+        if not (block.live_in if strategy == "invert" else block.cotangents_out) or not self._is_able(strategy, index):
+            return None
         if strategy == "invert":
-            inversion = self.facts.inversion(index)
-            if not block.live_in or inversion.missing:
-                return None
-            kept |= frozenset(inversion.residuals)
+            kept |= frozenset(self.facts.inversion(index).residuals)
+        elif "invert" in self.strategies and self._inverts_for_nothing(index):
+            return None  # keeps more and computes more than inverting the same block
         else:
-            if "invert" in self.strategies and self._inverts_for_nothing(index):
-                return None  # keeps more and computes more than inverting the same block
-            if not block.cotangents_out or self.facts.sweep(index).missing or self.facts.spine(index).missing:
-                return None
             kept |= frozenset(self.facts.spine(index).residuals) | frozenset(block.live_in)
         segment = Segment(index, index, strategy, kept)
         cost = self.kinds.cost(strategy, segment)
         return None if cost is None else (segment, cost)
+
+    def _is_able(self, strategy: str, index: int) -> bool:
+        """Whether a block's values can be solved for. Where one's cannot, none of its kind is asked again."""
+        kind = strategy, self.kinds.keys[index]
+        if kind not in self.unable and self.missing(strategy, index):
+            self.unable.add(kind)
+        return kind not in self.unable
 
     def _inverts_for_nothing(self, index: int) -> bool:
         """Whether inverting a block keeps no more than walking it does."""
