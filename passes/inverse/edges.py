@@ -128,7 +128,7 @@ class _Inverter:
 
     def of_edge(self, edge: Edge) -> Iterator[Edge]:
         """The inverse edges of one call."""
-        found = self._ways(edge)
+        found = self._ways_of(edge)
         items = dict(zip(result_places(edge), edge.gives, strict=True)) if found else {}
         for recipe, way in found:
             gives = tuple(edge.needs[position] for position in recipe.solves)
@@ -139,7 +139,7 @@ class _Inverter:
             yield from self._edges(way, gives, needs, reads, f"inverse of {edge.label}", edge)
 
     def of_region(self, region: Region) -> Iterator[Edge]:
-        way = self._region_way(region)
+        way = self._way_through(region)
         if way is not None:
             yield from self._edges(way, region.gives, region.needs, region.fragment_needs, region.label, region)
 
@@ -198,8 +198,8 @@ class _Inverter:
     def _seconds(self, operations: Iterable[Operation]) -> float:
         return sum(operation_seconds(operation, self.device) for operation in operations)
 
-    def _region_way(self, region: Region) -> _Way | None:
-        key = (_function_key(region.function), self._layouts(region.needs), self._layouts(region.gives))
+    def _way_through(self, region: Region) -> _Way | None:
+        key = (_function_key(region.function), self._layouts_of(region.needs), self._layouts_of(region.gives))
         if key not in self.region_ways:
             inputs, solved, reads = (
                 [self.capture.fake(value) for value in values]
@@ -208,15 +208,15 @@ class _Inverter:
             self.region_ways[key] = self._way(region.function, inputs, solved, (region.fragment, reads), region.fragile)
         return self.region_ways[key]
 
-    def _ways(self, edge: Edge) -> tuple[tuple[Recipe, _Way], ...]:
+    def _ways_of(self, edge: Edge) -> tuple[tuple[Recipe, _Way], ...]:
         rule = RULES.get(edge.label) or CUSTOM.get(edge.label)
         if rule is None or edge.random or edge.effect:
             return ()
-        layouts = self._layouts(edge.needs)
+        layouts = self._layouts_of(edge.needs)
         if not all(layouts):
             return ()
         proved = tuple(position for position, value in enumerate(edge.needs) if value in self.orthogonal)
-        key = (edge.label, edge.operations[0].text, layouts, edge.results, self._layouts(edge.gives), proved)
+        key = (edge.label, edge.operations[0].text, layouts, edge.results, self._layouts_of(edge.gives), proved)
         if key not in self.ways:
             call = make_call(self.capture, edge, self.orthogonal)
             self.ways[key] = tuple(self._recipe_ways(call, rule))
@@ -234,10 +234,10 @@ class _Inverter:
             if way is not None:
                 yield recipe, way
 
-    def _layouts(self, values: Iterable[int]) -> tuple[Any, ...]:
-        return tuple(self._layout(value) for value in values)
+    def _layouts_of(self, values: Iterable[int]) -> tuple[Any, ...]:
+        return tuple(self._layout_of(value) for value in values)
 
-    def _layout(self, value: int) -> Any:
+    def _layout_of(self, value: int) -> Any:
         """What a trace depends on; None where a value is no tensor."""
         if value not in self.layouts:
             fake = self.capture.fake(value)
