@@ -209,11 +209,13 @@ class Planner:
         return bool(np.isfinite(self._usable(self._fronts(budget, states=1)[-1])).any())
 
     def _fronts(self, budget: float, states: int | None = None) -> list[Front]:
-        states = states or min(FRONT, max(LONG // len(self.tables), 1))
         fronts = [start()]
         for table in self.tables:
-            fronts.append(extend(fronts, table, budget, states))
+            fronts.append(extend(fronts, table, budget, states or self._states()))
         return fronts
+
+    def _states(self) -> int:
+        return min(FRONT, max(LONG // len(self.tables), 2))
 
     def _usable(self, final: Front) -> Floats:
         """Seconds of the final states; infinite where an inverted last segment has nothing to start from."""
@@ -380,8 +382,8 @@ class Planner:
         return best
 
     def _seconds(self, budget: float) -> float:
-        """The modelled time of a step of the fastest plan; infinite where there is none."""
-        usable = self._usable(self._fronts(budget)[-1])
+        """The modelled time of a step of about the fastest plan; infinite where there is none."""
+        usable = self._usable(self._fronts(budget, self._states() // 2)[-1])
         return self.loose.seconds + float(min(usable, default=math.inf))
 
     def _lowest(self, enough: Callable[[float], bool]) -> float:
