@@ -190,6 +190,11 @@ def _allocator(device: str) -> Callable[..., torch.Tensor]:
     return empty
 
 
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    """A call that copies only what does not begin where kernels want it to: nothing that an allocator returned."""
+    return tensor
+
+
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """A call without effect on memory."""
 
@@ -211,6 +216,9 @@ _GLOBALS: dict[str, Any] = {
     "empty_strided_xpu": _allocator("xpu"),
     "reinterpret_tensor": _reinterpret,
     "assert_size_stride": _nothing,
+    "assert_size_stride_grouped": _nothing,  # this and the next two from torch 2.14 on
+    "assert_tensor_metadata": _nothing,
+    "copy_if_misaligned": _same,
     "assert_alignment": _nothing,
     "get_raw_stream": _nothing,
 }

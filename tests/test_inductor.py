@@ -285,6 +285,23 @@ def test_partial_sums_in_parts_of_a_buffer() -> None:
     assert outputs[0].bytes == 32
 
 
+def test_what_code_checks_and_aligns_costs_no_memory() -> None:
+    """As torch 2.14 writes it: checks of several arguments in one call, and a copy of what is not aligned."""
+    source = """
+def call(args):
+    primals_1, primals_2 = args
+    args.clear()
+    assert_size_stride_grouped((primals_1, primals_2), ((4, ), (4, )), ((1, ), (1, )), 'input')
+    primals_1 = copy_if_misaligned(primals_1)
+    assert_tensor_metadata(primals_1, (4, ), (1, ), torch.float32, 'input')
+    del primals_2
+    return (primals_1, )
+"""
+    events, outputs = replay(source, [torch.ones(4), torch.ones(4)], {})
+    assert [(event.bytes, event.argument) for event in events] == [(0, 1)]
+    assert [output.argument for output in outputs] == [0]
+
+
 def test_where_generated_code_is_not_understood_the_step_runs_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: Any) -> Any:
         raise ProfileUnknown("statement not understood: new")
