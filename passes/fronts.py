@@ -11,8 +11,8 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
-FRONT = 256  # states kept per border and kind: beyond this the front is thinned
-LONG = 1 << 17  # states of all borders together: where there are many, fewer are kept at each
+FRONT = 128  # states kept per border and kind: beyond this the front is thinned
+LONG = 1 << 16  # states of all borders together: where there are many, fewer are kept at each
 AROUND = 2  # neighbouring runs of a front from which the price of a byte is taken
 
 

@@ -215,7 +215,7 @@ class Planner:
         return fronts
 
     def _states(self) -> int:
-        return min(FRONT, max(LONG // len(self.tables), 2))
+        return min(FRONT, max(LONG // len(self.tables), 1))
 
     def _usable(self, final: Front) -> Floats:
         """Seconds of the final states; infinite where an inverted last segment has nothing to start from."""
@@ -318,14 +318,14 @@ class Planner:
         """The fastest plan whose *simulated* peak is within `budget`; the modelled budget is moved to get there.
 
         By what is left or lacking, in steps that grow while it lacks, and by halves between one that was low enough
-        and one that was too high; as long as the model promises to gain something.
+        and one that was too high; as long as the model promises to gain something. (More states save such rounds.)
         """
         best: Planned | None = None
         promised = math.inf  # seconds of the best one, by the model
         target, enough, short, push = float(budget), 0.0, math.inf, 1
         found: dict[object, int] = {}  # peaks
         for attempt in range(2 * plans):
-            moves = self.fastest(target)
+            moves = self.fastest(target, 2 * self._states())
             if moves is None:
                 if best is not None or target >= 2 * budget:
                     break
@@ -382,8 +382,8 @@ class Planner:
         return best
 
     def _seconds(self, budget: float) -> float:
-        """The modelled time of a step of about the fastest plan; infinite where there is none."""
-        usable = self._usable(self._fronts(budget, self._states() // 2)[-1])
+        """The modelled time of a step of the fastest plan; infinite where there is none."""
+        usable = self._usable(self._fronts(budget)[-1])
         return self.loose.seconds + float(min(usable, default=math.inf))
 
     def _lowest(self, enough: Callable[[float], bool]) -> float:
