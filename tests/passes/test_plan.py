@@ -173,7 +173,7 @@ def test_a_plan_below_a_gap_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole is not None
     one, real = whole[0], planner.realise(whole)
 
-    def fastest(target: float) -> list[Move]:
+    def fastest(target: float, states: int) -> list[Move]:
         return [Move(Segment(0, int(target // 25), "keep", frozenset()), one.cost)]  # one plan every 25 bytes
 
     def realise(moves: Sequence[Move]) -> Planned:
@@ -186,6 +186,29 @@ def test_a_plan_below_a_gap_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     found = planner.within(1000)
     assert found is not None
     assert found.peak <= 1000
+
+
+@pytest.mark.parametrize(("gain", "simulated"), [(0.0, 1), (0.0005, 1), (0.01, 2)])
+def test_what_promises_nothing_is_not_simulated(monkeypatch: pytest.MonkeyPatch, gain: float, simulated: int) -> None:
+    planner = planner_of([Layer()] * 4)
+    whole = planner.fastest(math.inf)
+    assert whole is not None
+    one, real, seen = whole[0], planner.realise(whole), list[float]()
+
+    def fastest(target: float, states: int) -> list[Move]:
+        seconds = real.seconds * (1 - gain * (target > 1000))
+        return [Move(Segment(0, int(target), "keep", frozenset()), replace(one.cost, seconds=seconds))]
+
+    def realise(moves: Sequence[Move]) -> Planned:
+        seen.append(moves[0].cost.seconds)
+        return replace(real, forward=Timeline((900,), 0, 0), backward=Timeline((900,), 0, 0), seconds=seen[-1])
+
+    monkeypatch.setattr(planner, "fastest", fastest)
+    monkeypatch.setattr(planner, "realise", realise)
+    found = planner.within(1000)
+    assert found is not None
+    assert found.seconds == min(seen)
+    assert len(seen) == simulated
 
 
 @pytest.mark.parametrize("strategies", [("keep",), ("checkpoint",), ("invert", "keep"), ("checkpoint", "moonwalk")])
