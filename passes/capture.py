@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from ._torch_compat import fx_graph_cse
-from .cost import Device, base_name, operation_seconds, qualified_name
+from .cost import Device, base_name, operations_seconds, qualified_name
 from .graph import Edge, Graph, Ref, Role, Stage, Value
-from .sizes import storage_bytes
-from .trace import Recorder, tensors_of
+from .trace import Recorder
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,8 @@ class JointReader:
         dtype = str(fake.dtype).removeprefix("torch.") if isinstance(fake, Tensor) else type(fake).__name__
         index = self.index[node] = len(self.values)
         stage: Stage = "backward" if node in self.after_tangents else self._stage(node)
-        self.values.append(Value(index, node.name, storage_bytes(fake), storage, shape, dtype, role, stage))
-        for key in (tensor.untyped_storage()._cdata for tensor in tensors_of(fake)):
+        self.values.append(Value(index, node.name, self.recorder.bytes[node], storage, shape, dtype, role, stage))
+        for key in self.recorder.held[node]:
             self.owners.setdefault(key, index)
         return index
 
@@ -115,7 +114,7 @@ class JointReader:
             results=tuple(slots[item] for item in gives),
             label=qualified_name(node.target),
             stage=self._stage(node),
-            seconds=sum(operation_seconds(operation, self.device) for operation in operations),
+            seconds=operations_seconds(operations, self.device),
             random=is_random(node),
             effect=is_effect(node),
             sequence=node.meta.get("seq_nr"),
@@ -124,9 +123,8 @@ class JointReader:
         self.edges.append(edge)
 
     def _storage_of(self, node: fx.Node) -> int:
-        tensors = tensors_of(node.meta.get("val"))
         own = len(self.values)
-        return self.owners.get(tensors[0].untyped_storage()._cdata, own) if tensors else own
+        return next((self.owners.get(key, own) for key in self.recorder.held[node]), own)
 
     def _result(self, result: Any) -> Any:
         return Ref(self.index[result]) if isinstance(result, fx.Node) else result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -226,8 +226,12 @@ def _rounds(operation: Operation) -> int:
     return calls(operation.args) if calls is not None else 1
 
 
+def operations_seconds(operations: Iterable[Operation], device: Device) -> float:
+    return sum(operation_seconds(operation, device) for operation in operations)
+
+
 def edge_seconds(edge: Edge, device: Device) -> float:
-    return sum(operation_seconds(operation, device) for operation in edge.operations)
+    return operations_seconds(edge.operations, device)
 
 
 def _seconds(function: Callable[[], Any], repeats: int = 5) -> float:

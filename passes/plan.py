@@ -209,9 +209,9 @@ class Planner:
         return bool(np.isfinite(self._usable(self._fronts(budget, states=1)[-1])).any())
 
     def _fronts(self, budget: float, states: int | None = None) -> list[Front]:
-        fronts = [start()]
+        fronts, states = [start()], states or self._states()
         for table in self.tables:
-            fronts.append(extend(fronts, table, budget, states or self._states()))
+            fronts.append(extend(fronts, table, budget, states))
         return fronts
 
     def _states(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..capture import Capture
-from ..cost import Device, operation_seconds
+from ..cost import Device, operations_seconds
 from ..graph import Edge, Graph, Kind, Operation, Stage, refs_in
 from ..layout import lay_out
 from ..sizes import storage_bytes
@@ -136,12 +136,12 @@ class _Inverter:
                 continue
             needs = tuple(items[position] for position in recipe.outputs) + tuple(edge.needs[p] for p in recipe.reads)
             reads = tuple(edge.needs[p] for p in recipe.fragment_reads)
-            yield from self._edges(way, gives, needs, reads, f"inverse of {edge.label}", edge)
+            yield from self._edges(way, gives, needs, reads, edge)
 
     def of_region(self, region: Region) -> Iterator[Edge]:
         way = self._way_through(region)
         if way is not None:
-            yield from self._edges(way, region.gives, region.needs, region.fragment_needs, region.label, region)
+            yield from self._edges(way, region.gives, region.needs, region.fragment_needs, region)
 
     def _edges(
         self,
@@ -149,7 +149,6 @@ class _Inverter:
         gives: tuple[int, ...],
         needs: tuple[int, ...],
         reads: tuple[int, ...],
-        label: str,
         origin: Edge | Region,
     ) -> Iterator[Edge]:
         """The edge that solves for `gives`, behind the one that takes its fragments where it wants any."""
@@ -158,16 +157,20 @@ class _Inverter:
             if not self._are_cotangents(gives):
                 return
             fragments = tuple(self.add_value(gives[0], fake, "fragment") for fake in taken.fakes)
-            seconds = self._seconds(taken.operations)
+            seconds = operations_seconds(taken.operations, self.device)
             name = f"fragment of {origin.label}"
             yield Edge(fragments, gives + reads, taken.operations, taken.results, name, "fragment", "backward", seconds)
             needs += fragments
-        kind: Kind = "forward" if isinstance(origin, Region) and not origin.inverse else "inverse"
-        sequence, source = (origin.sequence, origin.source) if isinstance(origin, Edge) else (None, "")
+        stage = self._stage((*gives, *needs))
+        if isinstance(origin, Region):
+            kind: Kind = "inverse" if origin.inverse else "forward"
+            yield Edge(gives, needs, way.operations, way.results, origin.label, kind, stage, way.seconds)
+            return
+        label = f"inverse of {origin.label}"
         yield Edge(
-            *(gives, needs, way.operations, way.results, label, kind, self._stage((*gives, *needs)), way.seconds),
-            sequence=sequence,
-            source=source,
+            *(gives, needs, way.operations, way.results, label, "inverse", stage, way.seconds),
+            sequence=origin.sequence,
+            source=origin.source,
         )
 
     def _stage(self, touched: Iterable[int]) -> Stage:
@@ -179,24 +182,16 @@ class _Inverter:
         return all(self.capture.graph.values[value].stage == "backward" for value in values)
 
     def _way(
-        self,
-        function: Callable[..., Any],
-        inputs: Sequence[Tensor],
-        solved: Sequence[Tensor],
-        taking: tuple[Callable[..., tuple[Tensor, ...]] | None, Sequence[Tensor]],
-        fragile: bool,
+        self, origin: Recipe | Region, inputs: Sequence[Tensor], solved: Sequence[Tensor], reads: Sequence[Tensor]
     ) -> _Way | None:
-        """Bytes that wait from the spine to the sweep count as time, as those of residuals do (`emit.block_spine`)."""
-        fragment = _trace_fragment(taking[0], [*solved, *taking[1]])
-        traced = _trace(function, [*inputs, *fragment.fakes], solved)
+        """Bytes that wait from the spine to the sweep count as time, as residuals do (`solutions.block_spine`)."""
+        fragment = _trace_fragment(origin.fragment, [*solved, *reads])
+        traced = _trace(origin.function, [*inputs, *fragment.fakes], solved)
         if traced is None:
             return None
         waiting = sum(storage_bytes(fake) for fake in fragment.fakes) / WAITING_BYTES_PER_S
-        price = FRAGILE_SECONDS if fragile else 0.0
-        return _Way(*traced, fragment, self._seconds(traced[0]) + waiting + price)
-
-    def _seconds(self, operations: Iterable[Operation]) -> float:
-        return sum(operation_seconds(operation, self.device) for operation in operations)
+        price = FRAGILE_SECONDS if origin.fragile else 0.0
+        return _Way(*traced, fragment, operations_seconds(traced[0], self.device) + waiting + price)
 
     def _way_through(self, region: Region) -> _Way | None:
         key = (_function_key(region.function), self._layouts_of(region.needs), self._layouts_of(region.gives))
@@ -205,7 +200,7 @@ class _Inverter:
                 [self.capture.fake(value) for value in values]
                 for values in (region.needs, region.gives, region.fragment_needs)
             )
-            self.region_ways[key] = self._way(region.function, inputs, solved, (region.fragment, reads), region.fragile)
+            self.region_ways[key] = self._way(region, inputs, solved, reads)
         return self.region_ways[key]
 
     def _ways_of(self, edge: Edge) -> tuple[tuple[Recipe, _Way], ...]:
@@ -230,7 +225,7 @@ class _Inverter:
             inputs = [fake for fake in outputs if fake is not None] + [call.tensors[p] for p in recipe.reads]
             solved = [call.tensors[position] for position in recipe.solves]
             reads = [call.tensors[p] for p in recipe.fragment_reads]
-            way = self._way(recipe.function, inputs, solved, (recipe.fragment, reads), recipe.fragile)
+            way = self._way(recipe, inputs, solved, reads)
             if way is not None:
                 yield recipe, way
 
