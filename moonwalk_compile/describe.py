@@ -119,8 +119,8 @@ def module_path(analysis: Analysis, index: int) -> str:
 
 def _cleaned(path: str) -> list[str]:
     """`L['self']._modules['blocks']._modules['3']` -> blocks, 3."""
-    text = re.sub(r"^L\['\w+'\](\.__self__)?", "", path).replace("_modules", "")
-    return [part for part in re.split(r"[.\[\]']+", text) if part]
+    parts = re.split(r"[.\[\]']+", re.sub(r"^L\['\w+'\](\.__self__)?", "", path))
+    return [part for part in parts if part not in ("", "_modules", "__dict__")]
 
 
 def _reason(planner: Planner, choice: Choice) -> str:

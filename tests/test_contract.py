@@ -211,6 +211,29 @@ def test_the_module_stays_what_it_was():
     assert "block" in str(ours.plan) or "layers" in str(ours.plan)
 
 
+class Adapter(nn.Module):
+    """Hands on what it does not know to the module inside, as libraries of adapters do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_segments_are_named_as_the_modules_are():
+    ours = eager(Adapter(chain(2)), example_inputs=(torch.randn(3, 8),))
+    names = {name for name, _ in ours.named_modules()}
+    assert {segment.name for segment in ours.plan.segments} <= names, [segment.name for segment in ours.plan.segments]
+
+
 def test_hooks_run():
     model, seen = chain(2), []
     ours = eager(model)
