@@ -89,7 +89,7 @@ NETS: dict[str, tuple[Callable[[float], nn.Module], tuple[int, ...]]] = {
 def trained(block: Callable[[], nn.Module], shape: tuple[int, ...], strategy: str) -> tuple[float, set[str]]:
     """The gradients' error over two steps, and what the plan does."""
     torch.manual_seed(0)
-    model, x = nn.Sequential(*(block() for _ in range(16))), torch.randn(shape)
+    model, x = nn.Sequential(*(block() for _ in range(12))), torch.randn(shape)
     ours = moonwalk_compile(copy.deepcopy(model), strategies=(strategy, "keep"), lowering="eager", max_slowdown=1000)
     errors = []
     for _ in range(2):

@@ -44,7 +44,7 @@ class Images(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.SiLU()) for _ in range(4)
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.SiLU()) for _ in range(3)
         )
         self.head = nn.Linear(8 * 16 * 16, 3)
 
@@ -89,7 +89,7 @@ as_stored.register_autograd(lambda ctx, g: (2 * g).view(SIZE))
 class Stored(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Tanh()) for _ in range(4)))
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Tanh()) for _ in range(3)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layers(x)
