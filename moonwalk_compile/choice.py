@@ -6,7 +6,9 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from .errors import BudgetError
@@ -26,6 +28,9 @@ from .units import format_bytes
 ROOM = 0.04  # part of a budget that is worth another compilation, if generated code leaves it unused
 MORE = 2  # such compilations
 SPARE = 0.002  # part of a budget that is taken off in addition where generated code exceeds it; twice as much each time
+
+EASY = 1.02  # of plain's time: of a plan that takes less, no other is looked for
+BETTER = 0.98  # of the time or the peak of another plan, to be worth a graph of more operations
 
 Certificates = dict[tuple[str, int], Certificate]
 
@@ -59,6 +64,25 @@ class Chooser:
     certify: Callable[[list[Segment]], Certificates] | None
     cornered: bool = False  # the budget left only the smallest plan
 
+    def is_easy(self) -> bool:
+        """Whether a plan fits the budget that is hardly slower than plain backpropagation."""
+        planned, plain = self.foreseen, self.planner.plain
+        return self.options.budget is not None and not self.cornered and planned.seconds <= EASY * plain.seconds
+
+    def is_better_than(self, other: Chooser) -> bool:
+        """By simulation: within the budget where the other is not, or else faster; smaller where there is none."""
+        mine, theirs = self.foreseen, other.foreseen
+        if self.options.budget is None or (self.cornered and other.cornered):
+            return mine.peak < BETTER * theirs.peak
+        if self.cornered != other.cornered:
+            return other.cornered
+        return mine.seconds < BETTER * theirs.seconds
+
+    @cached_property
+    def foreseen(self) -> Planned:
+        """The plan that is tried first, before anything is measured or lowered."""
+        return self._chosen(self._taken_off())
+
     def settle(self) -> LoweredPlan:
         """A plan within the budget, or within what the budget came to for other inputs.
 
@@ -80,10 +104,9 @@ class Chooser:
         at most. Raises BudgetError when even the smallest plan does not fit.
         """
         planner, analysis = self.planner, self.planner.analysis
-        places = {fake.device for fake in analysis.fakes.values() if isinstance(fake, Tensor)}
-        limit = math.inf if self.options.budget is None else self.options.budget.resolve(planner.plain.peak)
+        places, limit = self._places(), self._limit()
         spare = left_unused(limit, places)
-        less, most, peak, settled = self.margin + spare - self._fused_away(limit), 0, 0, None
+        less, most, peak, settled = self._taken_off(), 0, 0, None
         for attempt in range(rounds):
             last = attempt == rounds - 1 and settled is None
             planned = self._certified(int(limit) if last else less)
@@ -108,6 +131,17 @@ class Chooser:
         if settled is None:
             raise BudgetError(int(limit), promised(peak, places), pinned_tensors(planner, planned))
         return settled
+
+    def _limit(self) -> float:
+        return math.inf if self.options.budget is None else self.options.budget.resolve(self.planner.plain.peak)
+
+    def _places(self) -> set[torch.device]:
+        return {fake.device for fake in self.planner.analysis.fakes.values() if isinstance(fake, Tensor)}
+
+    def _taken_off(self) -> int:
+        """Bytes of the budget that the first plan leaves alone; negative where generated code will need less."""
+        limit = self._limit()
+        return self.margin + left_unused(limit, self._places()) - self._fused_away(limit)
 
     def _lowered(self, planned: Planned, limit: float) -> LoweredPlan:
         if self.lower is None:

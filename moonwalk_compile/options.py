@@ -17,6 +17,7 @@ from .units import format_bytes
 __all__ = ["Budget", "Options", "STRATEGIES", "LOWERINGS", "PROFILES", "format_bytes", "parse_bytes", "nearest"]
 
 STRATEGIES = ("keep", "checkpoint", "invert", "moonwalk")
+ON_REQUEST = ("split",)  # strategies that are not among the default ones
 LOWERINGS = ("inductor", "eager")
 PROFILES = ("model", "measure")
 
@@ -138,6 +139,14 @@ class Options:
                 raise OptionError("Unknown option", what, f"use one of {', '.join(names)}")
         return cls(**options)
 
+    @property
+    def splits(self) -> bool:
+        """Whether large tensors may be computed in parts of their rows: sums are then added up in another order.
+
+        Code that Inductor generates is not bitwise eager PyTorch's anyway: there, all strategies include this one.
+        """
+        return "split" in self.strategies or (self.lowering == "inductor" and self.strategies == STRATEGIES)
+
     def granting(self, size: int) -> Options:
         """The same, with the bytes that a part of plain's peak came to for other inputs."""
         if self.budget is None or self.budget.fraction is None:
@@ -184,17 +193,18 @@ def _number(option: str, value: Any) -> float:
 
 def _check_strategies(value: Any) -> tuple[str, ...]:
     """A tuple in the order of STRATEGIES, without repetitions; a string is read as names with commas between."""
-    title, todo = "Bad option: strategies", f"give a non-empty subset of {', '.join(STRATEGIES)}"
+    known = (*STRATEGIES, *ON_REQUEST)
+    title, todo = "Bad option: strategies", f"give a non-empty subset of {', '.join(known)}"
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
     if isinstance(names, Mapping) or not isinstance(names, Iterable):
         raise OptionError(title, f"{value!r} is not a sequence of names", todo)
     names = list(names)
     for name in names:
-        if name not in STRATEGIES:
-            raise OptionError(title, f"there is no strategy {name!r}{nearest(name, STRATEGIES)}", todo)
-    if not names:
+        if name not in known:
+            raise OptionError(title, f"there is no strategy {name!r}{nearest(name, known)}", todo)
+    if not set(names).intersection(STRATEGIES):
         raise OptionError(title, "no strategy is left to the planner", todo)
-    return tuple(name for name in STRATEGIES if name in names)
+    return tuple(name for name in known if name in names)
 
 
 def _one_of(option: str, valid: tuple[str, ...]) -> Callable[[Any], str]:

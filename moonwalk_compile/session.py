@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, fx
 
 from .choice import Certificates, Chooser, LoweredPlan
 from .describe import describe
-from .errors import OptionError
+from .errors import BudgetError, OptionError
 from .inputs import input_positions, is_real, role_of, written_positions
 from .meter import StepMeter
 from .options import Options
@@ -35,6 +37,7 @@ from .passes.plan import NoPlan, Planned, Planner
 from .passes.program import Program
 from .passes.rewrite import to_halves
 from .passes.solutions import Facts
+from .passes.split import Region, find_region, split
 from .passes.timing import Clock, cache_folder
 from .passes.workspace import Workspaces
 from .passes.wrapper_memory import ProfileUnknown, Workspace, no_workspace
@@ -75,6 +78,8 @@ class Session:
     lowerer: Lowerer = field(init=False)
     positions: dict[int, int] = field(default_factory=dict)  # primal value -> position among the graph's inputs
     written: frozenset[int] = frozenset()  # the positions of tensors that the step writes to
+    region: Region | None = None  # large tensors of the graph whose rows can be computed apart
+    in_parts: bool = False  # whether they are
 
     # -- AOTAutograd's hooks ---------------------------------------------------------------------------------------
 
@@ -86,13 +91,9 @@ class Session:
         started = time.perf_counter()
         clock = self._clock()
         self.device = replace(self.device, clock=clock, fused=self.options.lowering == "inductor")
-        planner = self.planner = self._prepare(joint, num_fwd_outputs)
-        assert self.analysis is not None
-        certify = self._certificates_of if self.example_inputs and is_real(self.example_inputs) else None
-        lower = self._lowered if self.lower else None
-        chooser = Chooser(planner, self.options, self.margin, lower, self._programs, certify)
+        self._prepare(joint, num_fwd_outputs)
         try:
-            chosen = chooser.settle()
+            chooser, chosen = self._settled(joint, num_fwd_outputs)
         except ProfileUnknown as error:
             if clock is not None:
                 clock.save()
@@ -104,6 +105,8 @@ class Session:
                 f"some of its blocks cannot be treated by {error} alone",
                 'allow "checkpoint" or "keep" as well',
             ) from None
+        planner = chooser.planner
+        assert self.analysis is not None
         self.options, self.planned = chooser.options, chosen.planned
         self.forward, self.backward = chosen.forward, chosen.backward
         halves = (self.forward, self.backward) if self.forward and self.backward else None
@@ -111,26 +114,61 @@ class Session:
         if clock is not None:
             clock.save()
         self.meter = self._watch()
+        if self.in_parts and self.region is not None:
+            self.plan = replace(self.plan, notes=(*self.plan.notes, self.region.note))
         self.plan = replace(self.plan, planning_s=time.perf_counter() - started - self.lowering_s)
         return self._modules(self.planned, joint)
 
-    def _prepare(self, joint: fx.GraphModule, forward_outputs: int) -> Planner:
+    def _settled(self, joint: fx.GraphModule, forward_outputs: int) -> tuple[Chooser, LoweredPlan]:
+        """The choice for the graph as it was captured, or with its largest tensors in parts where that is better."""
+        whole = self._chooser()
+        if self.region is None or not self.options.splits or whole.is_easy():
+            return whole, whole.settle()
+        parts = copy.copy(self)
+        parts._prepare(joint, forward_outputs, in_parts=True)
+        assert self.planner is not None and parts.planner is not None
+        parts.planner.plain = self.planner.plain
+        if not parts._chooser().is_better_than(whole):
+            with contextlib.suppress(BudgetError):  # generated code may need more than was simulated
+                return whole, whole.settle()
+        vars(self).update(vars(parts))
+        chooser = self._chooser()
+        return chooser, chooser.settle()
+
+    def _chooser(self) -> Chooser:
+        assert self.planner is not None
+        certify = self._certificates_of if self.example_inputs and is_real(self.example_inputs) else None
+        lower = self._lowered if self.lower else None
+        return Chooser(self.planner, self.options, self.margin, lower, self._programs, certify)
+
+    def _prepare(self, joint: fx.GraphModule, forward_outputs: int, in_parts: bool = False) -> None:
         """Read the joint graph and analyse it."""
         inputs, options = self.example_inputs or (), self.options
         places = input_positions(joint)
         roles = {primal: role_of(inputs[flat]) for primal, flat in places.items() if flat < len(inputs)}
-        capture = read_joint(joint, forward_outputs, self.device, roles)
+        self.in_parts = in_parts
+        capture = read_joint(joint, forward_outputs, self.device, roles, partial(self._rewritten, forward_outputs))
         self.positions = {capture.graph.primals[primal]: flat for primal, flat in places.items()}
         self.written = written_positions(joint, capture.graph.mutated, self.positions, inputs)
         self.analysis = analyse(
             *(capture, self.device, self._read_constants(capture)),
-            strategies=options.strategies,
+            strategies=self._strategies,
             fixed_sizes=options.lowering == "inductor",
         )
         workspaces = self._workspaces()
         self.facts = self._facts(workspaces)
         self.lowerer = self._lowerer(joint, workspaces.of_call if workspaces else no_workspace)
-        return self._planner()
+        self.planner = self._planner()
+
+    def _rewritten(self, forward_outputs: int, graph: fx.Graph) -> fx.Graph:
+        self.region = find_region(graph, forward_outputs) if self.options.splits else None
+        return split(graph, self.region) if self.in_parts and self.region else graph
+
+    @property
+    def _strategies(self) -> tuple[str, ...]:
+        """What the planner may use: certificates belong to the blocks of the graph as it was captured."""
+        unfit = {"split", *INVERTED} if self.in_parts else {"split"}
+        return tuple(strategy for strategy in self.options.strategies if strategy not in unfit)
 
     def _facts(self, workspaces: Workspaces | None, freed: frozenset[int] = frozenset()) -> Facts:
         assert self.analysis is not None
@@ -141,7 +179,7 @@ class Session:
         return Lowerer(self.analysis, joint, self.options.lowering, workspace)
 
     def _planner(self) -> Planner:
-        return Planner(self.facts, self.options.strategies, self.certificates, self.options.tolerance)
+        return Planner(self.facts, self._strategies, self.certificates, self.options.tolerance)
 
     def _modules(self, planned: Planned, joint: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
         assert self.analysis is not None

@@ -101,8 +101,7 @@ class StepSession(Session):
             raise UsageError(TITLE, what, "return one number, such as loss.mean()")
 
     def _planner(self) -> Planner:
-        options = self.options
-        return Planner(self.facts, options.strategies, self.certificates, options.tolerance, self.measure)
+        return Planner(self.facts, self._strategies, self.certificates, self.options.tolerance, self.measure)
 
     # -- lowering ------------------------------------------------------------------------------------------------------
 

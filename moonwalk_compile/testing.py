@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from .passes._torch_compat import aot_function
 from .passes.capture import Capture, read_joint
@@ -58,11 +58,15 @@ def check_rule(
 
 
 def capture_joint(
-    function: Callable[..., Any], arguments: Sequence[Tensor], trained: Sequence[bool] | None = None
+    function: Callable[..., Any],
+    arguments: Sequence[Tensor],
+    trained: Sequence[bool] | None = None,
+    rewrite: Callable[[fx.Graph, int], fx.Graph] = lambda graph, _: graph,
 ) -> Capture:
     """The joint graph of `function`; the first argument is an input, the others are parameters.
 
-    `trained` says which arguments get a gradient; by default, all that are floating-point.
+    `trained` says which arguments get a gradient; by default, all that are floating-point. `rewrite` is given the graph
+    and the number of its forward outputs.
     """
     found: list[Capture] = []
 
@@ -72,7 +76,7 @@ def capture_joint(
             tokens: "input",
             **dict.fromkeys(range(tokens + 1, tokens + len(arguments)), "parameter"),
         }
-        found.append(read_joint(joint, num_fwd_outputs, DEVICES["cpu"], roles))
+        found.append(read_joint(joint, num_fwd_outputs, DEVICES["cpu"], roles, lambda g: rewrite(g, num_fwd_outputs)))
         raise _Captured
 
     wanted = trained or [a.is_floating_point() for a in arguments]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class JointReader:
     def read(self, forward_outputs: int) -> Capture:
         nodes = list(self.joint.nodes)
         results = list(nodes[-1].args[0])
-        self._mark_stages(nodes, results[:forward_outputs])
+        self.after_tangents, self.in_forward = mark_stages(nodes, results[:forward_outputs])
         tangents: list[int] = []
         primals: list[int] = []
         for node in nodes:
@@ -62,17 +62,6 @@ class JointReader:
             self._differentiated(forward_outputs),
         )
         return Capture(graph, {index: node for node, index in self.index.items()})
-
-    def _mark_stages(self, nodes: Sequence[fx.Node], outputs: Sequence[Any]) -> None:
-        for node in nodes:
-            if is_tangent(node) or any(argument in self.after_tangents for argument in node.all_input_nodes):
-                self.after_tangents.add(node)
-        wanted = {output for output in outputs if isinstance(output, fx.Node)}
-        for node in reversed(nodes):
-            effect = node.op == "call_function" and is_effect(node) and node not in self.after_tangents
-            if (node in wanted or effect) and node.op != "output":
-                self.in_forward.add(node)
-                wanted.update(node.all_input_nodes)
 
     def _stage(self, node: fx.Node) -> Stage:
         if node in self.after_tangents:
@@ -140,6 +129,22 @@ class JointReader:
         return frozenset(edge.needs[0] for edge in self.edges if edge.effect and edge.label.endswith("_"))
 
 
+def mark_stages(nodes: Sequence[fx.Node], outputs: Sequence[Any]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The nodes that depend on tangents, and those that the forward pass needs for its outputs and effects."""
+    after_tangents: set[fx.Node] = set()
+    for node in nodes:
+        if is_tangent(node) or any(argument in after_tangents for argument in node.all_input_nodes):
+            after_tangents.add(node)
+    wanted = {output for output in outputs if isinstance(output, fx.Node)}
+    in_forward: set[fx.Node] = set()
+    for node in reversed(nodes):
+        effect = node.op == "call_function" and is_effect(node) and node not in after_tangents
+        if (node in wanted or effect) and node.op != "output":
+            in_forward.add(node)
+            wanted.update(node.all_input_nodes)
+    return after_tangents, in_forward
+
+
 def tuple_items(node: fx.Node) -> list[fx.Node]:
     """The `getitem` nodes of a tuple operation, in order of position."""
     if not isinstance(node.meta.get("val"), (tuple, list)):
@@ -196,12 +201,20 @@ def _drop_running_statistics(graph: fx.Graph) -> None:
 
 
 def read_joint(
-    joint: fx.GraphModule, forward_outputs: int, device: Device, roles: Mapping[int, Role] | None = None
+    joint: fx.GraphModule,
+    forward_outputs: int,
+    device: Device,
+    roles: Mapping[int, Role] | None = None,
+    rewrite: Callable[[fx.Graph], fx.Graph] = lambda graph: graph,
 ) -> Capture:
-    """Turn AOTAutograd's joint graph into a `Graph`; common subexpressions are merged first, in place."""
+    """Turn AOTAutograd's joint graph into a `Graph`; common subexpressions are merged first, in place.
+
+    `rewrite` may then put another graph with the same inputs and outputs in its place.
+    """
     _inline_sizes(joint.graph)
     merged = fx_graph_cse(joint.graph)
     _drop_running_statistics(merged)
     merged.eliminate_dead_code()
+    merged = rewrite(merged)
     merged.owning_module = joint  # where the constants of the captured graph are looked up
     return JointReader(merged, roles or {}, device).read(forward_outputs)

@@ -1,0 +1,270 @@
+"""What becomes of the rows of a tensor: which operations treat each row by itself, and which add rows up.
+
+The rows of a region are numbered alike in all of its tensors; a tensor may hold several entries per row, and its rows
+may be spread over neighbouring dimensions (the tokens of [batch, length, width]). A rule says, of one operation, where
+the rows of its result are, or that the result is a sum over rows, and how its arguments are to be taken in parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from ._torch_compat import OpOverload
+from .cost import base_name, qualified_name
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows lie along the dimensions `start` to `start + lead - 1`, in order; there the sizes multiply to a multiple of
+    the number of rows."""
+
+    start: int = 0
+    lead: int = 1
+
+    @property
+    def dims(self) -> range:
+        return range(self.start, self.start + self.lead)
+
+    def part(self, shape: Sequence[int], parts: int) -> list[int]:
+        """The shape of one of so many equal parts: as many dimensions, all but the last of the rows' being 1."""
+        sizes = list(shape)
+        whole = math.prod(sizes[dim] for dim in self.dims)
+        assert whole % parts == 0
+        for dim in self.dims:
+            sizes[dim] = 1
+        sizes[self.dims[-1]] = whole // parts
+        return sizes
+
+
+Total = Literal["sum", "mean"]
+Labels = Mapping[fx.Node, Rows]
+
+
+@dataclass(frozen=True)
+class Treated:
+    """How an operation is done in parts.
+
+    `result` is where the rows of the result are, or how the results of the parts make up the whole; a tuple has one
+    entry for each item. `takes` are the arguments that are taken in parts. `args` are those of a part, still naming the
+    nodes of the whole, given the number of parts; None if they are the same.
+    """
+
+    result: Rows | Total | tuple[Rows | Total | None, ...]
+    takes: Mapping[fx.Node, Rows] = field(default_factory=dict)
+    args: Callable[[int], tuple[Any, ...]] | None = None
+
+
+def leading(shape: Sequence[int], rows: int) -> Rows | None:
+    """The fewest leading dimensions that hold the rows."""
+    whole = 1
+    for dim, size in enumerate(shape):
+        whole *= size
+        if whole % rows == 0:
+            return Rows(0, dim + 1)
+    return None
+
+
+def treat(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    """How the rows of its arguments (`labels`) pass through a call; None if that is not known to be row by row."""
+    if node.op != "call_function" or not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
+        return None
+    rule = _RULES.get(qualified_name(node.target))
+    tags = node.target.tags
+    if rule is None and torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
+        rule = _pointwise
+    found = rule(node, labels, rows) if rule is not None else None
+    if found is None or any(found.takes.get(argument) != labels.get(argument) for argument in _labelled(node, labels)):
+        return None
+    return found
+
+
+def _labelled(node: fx.Node, labels: Labels) -> list[fx.Node]:
+    return [argument for argument in node.all_input_nodes if argument in labels]
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    value = node.meta["val"]
+    return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else ()
+
+
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
+def _pointwise(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    """Arguments are aligned at the last dimension; one that has a single entry for all rows is taken whole."""
+    if not isinstance(node.meta["val"], Tensor):
+        return None
+    shape, takes = _shape(node), {}
+    arguments = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    if torch.broadcast_shapes(*map(_shape, arguments)) != shape:
+        return None
+    aligned = {Rows(labels[n].start + len(shape) - len(_shape(n)), labels[n].lead) for n in arguments if n in labels}
+    if len(aligned) != 1:
+        return None
+    (result,) = aligned
+    for argument in arguments:
+        own, offset = _shape(argument), len(shape) - len(_shape(argument))
+        sizes = [own[dim - offset] if dim >= offset else 1 for dim in result.dims]
+        if sizes == [shape[dim] for dim in result.dims] and result.start >= offset:
+            takes[argument] = Rows(result.start - offset, result.lead)
+        elif any(size != 1 for size in sizes) or argument in labels:
+            return None
+    return Treated(result, takes)
+
+
+def _view(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    source, shape = _arguments(node)[0], _shape(node)
+    found, own = leading(shape, rows), labels[source]
+    if found is None or own != leading(_shape(source), rows):
+        return None
+    return Treated(found, {source: own}, lambda parts: (source, found.part(shape, parts)))
+
+
+def _transposed(order: Sequence[int], node: fx.Node, labels: Labels) -> Treated | None:
+    source = _arguments(node)[0]
+    own = labels[source]
+    places = [order.index(dim) for dim in own.dims]
+    if places != list(range(places[0], places[0] + own.lead)):
+        return None
+    return Treated(Rows(places[0], own.lead), {source: own})
+
+
+def _t(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    return _transposed([1, 0], node, labels) if len(_shape(node)) == 2 else None
+
+
+def _transpose(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    count = len(_shape(node))
+    order = list(range(count))
+    a, b = (int(dim) % count for dim in _arguments(node)[1:3])
+    order[a], order[b] = order[b], order[a]
+    return _transposed(order, node, labels)
+
+
+def _permute(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    count = len(_shape(node))
+    return _transposed([int(dim) % count for dim in _arguments(node)[1]], node, labels)
+
+
+def _product(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    """`mm`, and `addmm` whose first summand is the same for all rows."""
+    *bias, a, b = _arguments(node)
+    if any(n in labels for n in bias) or a is b:
+        return None
+    first, second = labels.get(a), labels.get(b)
+    if bias and (first != Rows() or second is not None or len(_shape(bias[0])) != 1):
+        return None
+    if first == Rows(0) and second is None:
+        return Treated(Rows(0), {a: Rows(0)})
+    if second == Rows(1) and first is None:
+        return Treated(Rows(1), {b: Rows(1)})
+    if first in (Rows(1), None) and second in (Rows(0), None):
+        return Treated("sum", {a: Rows(1), b: Rows(0)})
+    return None
+
+
+def _along(node: fx.Node, dims: Sequence[int], labels: Labels) -> Treated | None:
+    """One result for each entry, of others beside it: along dimensions that the rows do not lie along."""
+    taken = {argument: labels[argument] for argument in node.all_input_nodes if argument in labels}
+    where = {*taken.values()}
+    tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    if len(where) != 1:
+        return None
+    (own,) = where
+    count = len(_shape(next(iter(taken))))
+    if {int(dim) % count for dim in dims}.intersection(own.dims):
+        return None
+    outer = [_shape(n) for n in (*tensors, node)]
+    if any([shape[dim] for dim in own.dims] != [outer[0][dim] for dim in own.dims] for shape in outer):
+        return None
+    return Treated(own, dict.fromkeys(tensors, own))
+
+
+def _softmax(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    return _along(node, [_arguments(node)[1]], labels)
+
+
+def _softmax_backward(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    return _along(node, [_arguments(node)[2]], labels)
+
+
+def _gather(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    return _along(node, [_arguments(node)[1]], labels)
+
+
+def _slice(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    return _along(node, [*_arguments(node)[1:2], 0][:1], labels)
+
+
+def _reduction(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    args, name = _arguments(node), base_name(node.target)
+    source = args[0]
+    own, count = labels[source], len(_shape(source))
+    given: Any = args[1] if len(args) > 1 else node.kwargs.get("dim")
+    named = [given] if isinstance(given, int) else list(given or range(count))
+    dims = {int(dim) % count for dim in named}
+    if name == "mean" and _is_floating(node) and dims.issuperset(own.dims):
+        return Treated("mean", {source: own})
+    if name == "sum" and dims.issuperset(own.dims):
+        return Treated("sum", {source: own})
+    if dims.intersection(own.dims):
+        return None
+    keepdim = bool(args[2]) if len(args) > 2 else bool(node.kwargs.get("keepdim", False))
+    before = 0 if keepdim else sum(dim < own.start for dim in dims)
+    return Treated(Rows(own.start - before, own.lead), {source: own})
+
+
+def _is_floating(node: fx.Node) -> bool:
+    return bool(node.meta["val"].is_floating_point())
+
+
+def _nll_loss(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    """A sum, and the weights' sum; the mean is one divided by the other, when both are complete."""
+    source, target, weight, reduction, ignored = _arguments(node)
+    if reduction not in (1, 2) or labels.get(source) != Rows(0) or len(_shape(source)) != 2:
+        return None
+    return Treated(
+        ("sum", "sum"), {source: Rows(0), target: Rows(0)}, lambda parts: (source, target, weight, 2, ignored)
+    )
+
+
+def _nll_loss_backward(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    _, source, target, _, reduction, *_ = _arguments(node)
+    if reduction not in (1, 2) or labels.get(source) != Rows(0) or len(_shape(source)) != 2:
+        return None
+    return Treated(Rows(0), {source: Rows(0), target: Rows(0)})
+
+
+_RULES: dict[str, Callable[[fx.Node, Labels, int], Treated | None]] = {
+    "view": _view,
+    "_unsafe_view": _view,
+    "t": _t,
+    "transpose": _transpose,
+    "permute": _permute,
+    "mm": _product,
+    "addmm": _product,
+    "_log_softmax": _softmax,
+    "_softmax": _softmax,
+    "_log_softmax_backward_data": _softmax_backward,
+    "_softmax_backward_data": _softmax_backward,
+    "gather": _gather,
+    "slice": _slice,
+    "sum": _reduction,
+    "mean": _reduction,
+    "amax": _reduction,
+    "amin": _reduction,
+    "logsumexp": _reduction,
+    "nll_loss_forward": _nll_loss,
+    "nll_loss_backward": _nll_loss_backward,
+    "_to_copy": _pointwise,
+    "clone": _pointwise,
+    "detach": _pointwise,
+    "alias": _pointwise,
+}
