@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from .units import format_bytes
 
 
@@ -48,20 +51,32 @@ class BudgetError(MoonwalkError):
         budget_bytes: what was asked for.
         smallest_peak_bytes: the smallest peak of any plan; asking for exactly this works.
         pinned: names of the tensors that are alive at that peak and that no strategy can remove.
+        advice: what else the user may do.
     """
 
-    def __init__(self, budget_bytes: int, smallest_peak_bytes: int, pinned: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, budget_bytes: int, smallest_peak_bytes: int, pinned: tuple[str, ...] = (), advice: str = ""
+    ) -> None:
         what = (
             f"the budget is {format_bytes(budget_bytes)}, the smallest reachable peak is "
             f"{format_bytes(smallest_peak_bytes)} ({smallest_peak_bytes} bytes){_pinned_by(pinned)}"
         )
         todo = f"ask for at least budget={smallest_peak_bytes}, or make the model or the batch smaller"
-        super().__init__("The memory budget cannot be met", what, todo)
+        super().__init__("The memory budget cannot be met", what, f"{todo}; or {advice}" if advice else todo)
         # What pickle and copy hand to __init__ when the error crosses a process boundary.
-        self.args = (budget_bytes, smallest_peak_bytes, pinned)
+        self.args = (budget_bytes, smallest_peak_bytes, pinned, advice)
         self.budget_bytes = budget_bytes
         self.smallest_peak_bytes = smallest_peak_bytes
         self.pinned = pinned
+
+
+@contextlib.contextmanager
+def advised(advice: str) -> Iterator[None]:
+    """A budget that cannot be met comes with this advice."""
+    try:
+        yield
+    except BudgetError as error:
+        raise BudgetError(error.budget_bytes, error.smallest_peak_bytes, error.pinned, advice) from None
 
 
 def _pinned_by(names: tuple[str, ...], shown: int = 5) -> str:

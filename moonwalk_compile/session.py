@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from .choice import Certificates, Chooser, LoweredPlan
 from .describe import describe
-from .errors import BudgetError, OptionError
+from .errors import BudgetError, OptionError, advised
 from .inputs import input_positions, is_real, role_of, written_positions
 from .meter import StepMeter
 from .options import Options
@@ -46,6 +46,7 @@ from .report import Plan
 
 LOST = 10  # times the tolerance: an error of a chain that is said at once
 CUTS = 4  # of pieces of the smallest plan, to bring its peak down; each takes fusion, and so time, away
+SPLIT_TODO = 'add the strategy "split", which computes the largest tensors in parts (sums are then of another order)'
 TRIAL = 2**30  # bytes of the operands of one operation that may be tried while planning on fake tensors
 
 
@@ -122,11 +123,16 @@ class Session:
     def _settled(self, joint: fx.GraphModule, forward_outputs: int) -> tuple[Chooser, LoweredPlan]:
         """The choice for the graph as it was captured, or with its largest tensors in parts where that is better."""
         whole = self._chooser()
-        if self.region is None or not self.options.splits or whole.is_easy():
+        if self.region is None or (self.options.splits and whole.is_easy()):
             return whole, whole.settle()
+        if not self.options.splits:
+            with advised(SPLIT_TODO):
+                return whole, whole.settle()
         parts = copy.copy(self)
         parts._prepare(joint, forward_outputs, in_parts=True)
         assert self.planner is not None and parts.planner is not None
+        if not parts.in_parts:
+            return whole, whole.settle()
         parts.planner.plain = self.planner.plain
         if not parts._chooser().is_better_than(whole):
             with contextlib.suppress(BudgetError):  # generated code may need more than was simulated
@@ -161,8 +167,10 @@ class Session:
         self.planner = self._planner()
 
     def _rewritten(self, forward_outputs: int, graph: fx.Graph) -> fx.Graph:
-        self.region = find_region(graph, forward_outputs) if self.options.splits else None
-        return split(graph, self.region) if self.in_parts and self.region else graph
+        self.region = find_region(graph, forward_outputs)
+        done = split(graph, self.region) if self.in_parts and self.region else None
+        self.in_parts = done is not None
+        return done or graph
 
     @property
     def _strategies(self) -> tuple[str, ...]:

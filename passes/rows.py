@@ -84,6 +84,21 @@ def treat(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
     return found
 
 
+def constant(node: fx.Node, rows: Rows) -> Treated | None:
+    """How a tensor of one number is made in parts, where it was made for something that is done in parts."""
+    place = _SIZE_OF.get(qualified_name(node.target))
+    if place is None:
+        return None
+    args = _arguments(node)
+    return Treated(rows, {}, lambda parts: (*args[:place], rows.part(args[place], parts), *args[place + 1 :]))
+
+
+def alike(node: fx.Node, other: fx.Node, rows: Rows) -> bool:
+    """Whether a tensor is as long as another where that has its rows."""
+    mine, theirs = _shape(node), _shape(other)
+    return len(mine) == len(theirs) and all(mine[dim] == theirs[dim] for dim in rows.dims)
+
+
 def _labelled(node: fx.Node, labels: Labels) -> list[fx.Node]:
     return [argument for argument in node.all_input_nodes if argument in labels]
 
@@ -203,6 +218,44 @@ def _slice(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
     return _along(node, [*_arguments(node)[1:2], 0][:1], labels)
 
 
+def _slice_backward(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    gradient, sizes, dim, *reach = _arguments(node)
+    own = labels[gradient]
+    if dim % len(sizes) in own.dims:
+        return None
+    return Treated(own, {gradient: own}, lambda parts: (gradient, own.part(sizes, parts), dim, *reach))
+
+
+def _inserted(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    """`unsqueeze`: dimensions behind the new one move."""
+    source, dim = _arguments(node)
+    own, place = labels[source], dim % len(_shape(node))
+    if own.start < place < own.start + own.lead:
+        return None
+    return Treated(Rows(own.start + (place <= own.start), own.lead), {source: own})
+
+
+def _removed(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    """`select`, and `squeeze` of one dimension: dimensions behind it move."""
+    source, dim = _arguments(node)[:2]
+    own, count = labels[source], len(_shape(source))
+    place = dim % count if isinstance(dim, int) else own.start
+    if place in own.dims or len(_shape(node)) != count - 1:
+        return None
+    return Treated(Rows(own.start - (place < own.start), own.lead), {source: own})
+
+
+def _sized(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+    """`expand` and `new_zeros`: their second argument is the size of the result."""
+    source, _, *rest = _arguments(node)
+    own, shape = labels[source], _shape(node)
+    offset = len(shape) - len(_shape(source)) if base_name(node.target) == "expand" else 0
+    result = Rows(own.start + offset, own.lead)
+    if [*shape[result.start :][: own.lead]] != [_shape(source)[dim] for dim in own.dims]:
+        return None
+    return Treated(result, {source: own}, lambda parts: (source, result.part(shape, parts), *rest))
+
+
 def _reduction(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
     args, name = _arguments(node), base_name(node.target)
     source = args[0]
@@ -228,19 +281,22 @@ def _is_floating(node: fx.Node) -> bool:
 def _nll_loss(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
     """A sum, and the weights' sum; the mean is one divided by the other, when both are complete."""
     source, target, weight, reduction, ignored = _arguments(node)
-    if reduction not in (1, 2) or labels.get(source) != Rows(0) or len(_shape(source)) != 2:
+    if labels.get(source) != Rows(0) or len(_shape(source)) != 2:
         return None
-    return Treated(
-        ("sum", "sum"), {source: Rows(0), target: Rows(0)}, lambda parts: (source, target, weight, 2, ignored)
-    )
+    takes, alone = {source: Rows(0), target: Rows(0)}, reduction == 0
+    result: Rows | Total = Rows(0) if alone else "sum"
+    return Treated((result, "sum"), takes, lambda parts: (source, target, weight, 0 if alone else 2, ignored))
 
 
 def _nll_loss_backward(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
-    _, source, target, _, reduction, *_ = _arguments(node)
-    if reduction not in (1, 2) or labels.get(source) != Rows(0) or len(_shape(source)) != 2:
+    gradient, source, target, _, reduction, *_ = _arguments(node)
+    if labels.get(source) != Rows(0) or len(_shape(source)) != 2:
         return None
-    return Treated(Rows(0), {source: Rows(0), target: Rows(0)})
+    own = {gradient: Rows(0)} if reduction == 0 else {}
+    return Treated(Rows(0), {source: Rows(0), target: Rows(0), **own})
 
+
+_SIZE_OF = {"zeros": 0, "ones": 0, "full": 0, "new_zeros": 1, "new_ones": 1, "new_full": 1}
 
 _RULES: dict[str, Callable[[fx.Node, Labels, int], Treated | None]] = {
     "view": _view,
@@ -255,7 +311,18 @@ _RULES: dict[str, Callable[[fx.Node, Labels, int], Treated | None]] = {
     "_log_softmax_backward_data": _softmax_backward,
     "_softmax_backward_data": _softmax_backward,
     "gather": _gather,
+    "scatter": _gather,
+    "scatter_add": _gather,
     "slice": _slice,
+    "slice_backward": _slice_backward,
+    "unsqueeze": _inserted,
+    "select": _removed,
+    "squeeze": _removed,
+    "expand": _sized,
+    "new_zeros": _sized,
+    "zeros_like": _pointwise,
+    "ones_like": _pointwise,
+    "full_like": _pointwise,
     "sum": _reduction,
     "mean": _reduction,
     "amax": _reduction,

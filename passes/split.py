@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, fx
 
 from ._torch_compat import disable_current_modes
-from .capture import mark_stages, tuple_items
-from .rows import Rows, Treated, leading, treat
+from .capture import is_effect, is_random, mark_stages, tuple_items
+from .rows import Rows, Treated, alike, constant, leading, treat
 from .sizes import storage_bytes
 
 aten = torch.ops.aten
 
 PRODUCTS = frozenset([aten.mm.default, aten.addmm.default])
 MOST_PARTS = 64
-WORTH = 0.1  # part of all that a plain step would hold, from which a tensor is worth splitting
+WORTH = 4  # parts: where tensors beside the region are half as large, other ways of saving memory do as well
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,19 @@ def find_region(graph: fx.Graph, forward_outputs: int) -> Region | None:
                 return None
             first = tuple(node for node in nodes if node in members and node in forward)
             rest = tuple(node for node in nodes if node in members and node not in forward)
+            if _out_of_order(nodes, first) or _out_of_order(nodes, rest):
+                return None
             largest = max(sizes[node] for node in members if node in sizes)
             return Region(rows, parts, first, rest, treated, labels, largest)
     return None
+
+
+def _out_of_order(nodes: Sequence[fx.Node], group: Sequence[fx.Node]) -> bool:
+    """Whether something between these operations must happen where it stands: they are moved to the last of them."""
+    if not group:
+        return False
+    span = nodes[nodes.index(group[0]) : nodes.index(group[-1])]
+    return any(node.op == "call_function" and (is_effect(node) or is_random(node)) for node in span)
 
 
 def _counts(seed: fx.Node) -> list[int]:
@@ -87,18 +97,11 @@ def _counts(seed: fx.Node) -> list[int]:
 
 
 def _parts(rows: int, seed: fx.Node, sizes: Mapping[fx.Node, int], members: set[fx.Node]) -> int:
-    beside = max((size for node, size in sizes.items() if node not in members), default=1)
-    everything = sum({_storage(node): size for node, size in sizes.items() if node.op == "call_function"}.values())
-    if sizes[seed] < WORTH * everything:
-        return 1
-    parts = 1
+    others = (size for node, size in sizes.items() if node.op == "call_function" and node not in members)
+    beside, parts = max(others, default=1), 1
     while parts < MOST_PARTS and sizes[seed] > parts * beside and rows % (2 * parts) == 0:
         parts *= 2
-    return parts
-
-
-def _storage(node: fx.Node) -> int:
-    return int(node.meta["val"].untyped_storage()._cdata)
+    return parts if parts >= WORTH else 1
 
 
 Grown = tuple[dict[fx.Node, Rows], dict[fx.Node, Treated], set[fx.Node]]
@@ -112,24 +115,46 @@ def _grown(nodes: Sequence[fx.Node], seed: fx.Node, rows: int, forward: set[fx.N
     assert start is not None and isinstance(source, fx.Node)
     labels: dict[fx.Node, Rows] = {source: start}
     treated: dict[fx.Node, Treated] = {}
-    for node in nodes[nodes.index(seed) :]:
-        found = _item(node, treated)
-        if found is None and not any(argument in labels for argument in node.all_input_nodes):
-            continue
-        found = found or treat(node, labels, rows)
-        if node is seed:
-            del labels[source]  # only what comes from the seed is followed
-        if found is None:
-            if node.op == "output" or not any(_is_large(n, large, labels) for n in node.all_input_nodes):
+    behind, followed = nodes[nodes.index(seed) :], -1
+    while len(treated) > followed:
+        followed = len(treated)
+        for node in behind:
+            found = _item(node, treated)
+            known = found is not None or any(argument in labels for argument in node.all_input_nodes)
+            if node in treated or node.op == "output" or not known:
                 continue
-            return None
-        treated[node] = found
-        if isinstance(found.result, Rows):
-            labels[node] = found.result
+            found = found or treat(node, labels, rows)
+            if node is seed:
+                del labels[source]  # only what comes from the seed is followed
+            if found is not None:
+                _follow_back(found.takes, labels, treated, rows, large)
+                treated[node] = found
+                if isinstance(found.result, Rows):
+                    labels[node] = found.result
+            elif any(_is_large(n, large, labels) for n in node.all_input_nodes):
+                return None
     members = _needed(nodes, treated, labels, large, forward)
     if members is None or seed not in members:
         return None
     return labels, treated, members
+
+
+def _follow_back(
+    takes: Mapping[fx.Node, Rows],
+    labels: dict[fx.Node, Rows],
+    treated: dict[fx.Node, Treated],
+    rows: int,
+    large: float,
+) -> None:
+    """Large tensors that come from outside for one operation are made in parts too, where that is known how."""
+    for node, own in takes.items():
+        if node in labels or node.op != "call_function" or node.meta["val"].numel() < large:
+            continue
+        beside = [n for n in node.all_input_nodes if alike(n, node, own)]
+        found = constant(node, own) or (treat(node, dict.fromkeys(beside, own), rows) if beside else None)
+        if found is not None and found.result == own:
+            treated[node], labels[node] = found, own
+            _follow_back(found.takes, labels, treated, rows, large)
 
 
 def _item(node: fx.Node, treated: Mapping[fx.Node, Treated]) -> Treated | None:
@@ -189,9 +214,22 @@ def _sizes(node: fx.Node) -> tuple[int, ...]:
     return tuple(int(size) for size in node.meta["val"].shape)
 
 
-def split(graph: fx.Graph, region: Region) -> fx.Graph:
-    """The joint graph with the region in parts; in the backward pass the last part comes first."""
-    return _Splitter(graph, region).run()
+def split(graph: fx.Graph, region: Region) -> fx.Graph | None:
+    """The joint graph with the region in parts; in the backward pass the last part comes first.
+
+    None if a result would come in another layout than it had.
+    """
+    done = _Splitter(graph, region).run()
+    results = [tuple(g.output_node().all_input_nodes) for g in (graph, done)]
+    same = len(results[0]) == len(results[1]) and all(map(_laid_out_alike, *results))
+    return done if same else None
+
+
+def _laid_out_alike(a: fx.Node, b: fx.Node) -> bool:
+    mine, theirs = a.meta.get("val"), b.meta.get("val")
+    if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor):
+        return type(mine) is type(theirs)
+    return (mine.shape, mine.stride(), mine.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
 
 
 @dataclass
