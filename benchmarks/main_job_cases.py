@@ -30,7 +30,7 @@ from main_job_runs import (
 from torch import Tensor, nn
 
 from examples import gpt, lipschitz, reversible
-from moonwalk_compile import moonwalk_compile
+from moonwalk_compile import BudgetError, moonwalk_compile
 from moonwalk_compile.measure import compare_steps
 
 COUPLING_SIZES = {
@@ -46,6 +46,7 @@ GPT_SIZES = {
     "small": {"blocks": 3, "width": 32, "heads": 2, "batch": 4, "tokens": 32},
 }
 DEEP_GPT_BLOCKS = 96
+WORDS = {"full": 32000, "small": 2000}
 BUDGET_PERCENTS = (100, 70, 50, 40, 30, 25)
 TIGHT_PERCENT = 30
 TRAINING_STEPS = 20
@@ -141,8 +142,6 @@ def gpt_checkpoint_case(name: str, settings: Settings) -> list[Row]:
 
 def gpt_impossible_case(name: str, settings: Settings) -> list[Row]:
     """A budget of 1% is refused, and the peak that the error names can be had."""
-    from moonwalk_compile import BudgetError
-
     base, inputs = build_gpt(settings)
     rivals = plain_variants(base, gpt.loss, inputs, settings.lowering)
     budget = next(iter(rivals.values())).peak() // 100
@@ -158,6 +157,39 @@ def gpt_impossible_case(name: str, settings: Settings) -> list[Row]:
     rows[0].judge("BudgetError", True)
     rows[0].judge("a plan at the smallest peak holds", rows[0].peak is not None and rows[0].peak <= smallest)
     return rows
+
+
+def words_case(name: str, settings: Settings, *, percent: int | None = None) -> list[Row]:
+    """A vocabulary as language models have it: under a part of plain's peak, or at the smallest reachable."""
+    sizes = {**GPT_SIZES[settings.scale], "blocks": 4}
+    words, shape = WORDS[settings.scale], (sizes["batch"], sizes["tokens"])
+    torch.manual_seed(0)
+    base = gpt.Gpt(words, sizes["tokens"], sizes["blocks"], sizes["width"], sizes["heads"], 0.0)
+    inputs = (torch.randint(words, shape), torch.randint(words, shape))
+    rivals = plain_variants(base, gpt.loss, inputs, settings.lowering)
+    split = {"strategies": ("keep", "checkpoint", "split")}
+    budget = next(iter(rivals.values())).peak() * (percent or 0) // 100
+    whole = 0
+    if percent is None:
+        whole, budget = (
+            _smallest(base, inputs, settings, given) for given in ({"strategies": split["strategies"][:2]}, split)
+        )
+    rows = compare(name, our_variant(base, gpt.loss, inputs, settings, budget=budget, **split), rivals, base, settings)
+    rows[0].judge("peak <= budget", rows[0].peak is not None and rows[0].peak <= budget)
+    rows[0].judge("error <= 1e-5", rows[0].error is not None and rows[0].error <= 1e-5)
+    judge_prediction(rows[0], settings)
+    if whole:
+        rows[0].note += f"; smallest peak without split {whole / 2**20:.1f} MiB"
+        rows[0].judge("peak <= 0.4x that", budget <= 0.4 * whole)
+    return rows
+
+
+def _smallest(base: nn.Module, inputs: Sequence[Tensor], settings: Settings, options: dict[str, Any]) -> int:
+    try:
+        our_variant(base, gpt.loss, inputs, settings, budget=1, **options)
+    except BudgetError as error:
+        return error.smallest_peak_bytes
+    raise AssertionError("a budget of one byte was met")
 
 
 def planning_case(name: str, settings: Settings, *, blocks: int | None = None) -> list[Row]:
@@ -234,6 +266,8 @@ CASES: dict[str, Callable[[str, Settings], list[Row]]] = {
     **{f"gpt-{percent}%": partial(gpt_budget_case, percent=percent) for percent in BUDGET_PERCENTS},
     "gpt-checkpoint": gpt_checkpoint_case,
     "gpt-impossible": gpt_impossible_case,
+    **{f"words-{percent}%": partial(words_case, percent=percent) for percent in (70, 40)},
+    "words-smallest": words_case,
     "planning": planning_case,
     "planning-96": partial(planning_case, blocks=DEEP_GPT_BLOCKS),
     "compile-coupling": partial(compile_time_case, model="coupling"),
