@@ -59,7 +59,8 @@ def moonwalk_compile(
         budget: bytes, "512MiB", "2GiB" or "40%" (of plain backpropagation's peak): the most that one step's forward
             and backward hold at any moment beyond what was there before. The fastest plan within it is taken.
         max_slowdown: with no budget, the smallest peak whose predicted time is at most this ratio to plain's.
-        strategies: what the planner may use.
+        strategies: what the planner may use. `"split"` beside these computes logits and the like in parts of their
+            rows, where they are much larger than all else; under `lowering="inductor"` the default includes it.
         tolerance: largest predicted relative error of a parameter gradient that inversion may cause.
         lowering: "inductor", or "eager" (ATen kernels; gradients of kept and checkpointed parts bitwise as in eager).
         profile: "model" predicts times by the rates of the device; "measure" times each distinct operation once on it,
@@ -306,11 +307,12 @@ def fake_session(build: Build, options: Options, device: str) -> Session:
 def model_front(build: Build, options: Options, device: str, count: int) -> Front:
     """The front of `count` plans of a model, captured and analysed once. Raises BudgetError for a budget below it."""
     unbounded = replace(options, budget=Budget(fraction=100))
-    planner = fake_session(build, unbounded, device).planner
-    assert planner is not None
-    plain = planner.plain
+    session = fake_session(build, unbounded, device)
+    assert session.planner is not None
+    plain = session.planner.plain
+    planners = [planner for planner in (session.planner, session.planner_in_parts) if planner is not None]
     budget = None if options.budget is None else options.budget.resolve(plain.peak)
-    points = undominated(points_of(planner, count, budget))
+    points = undominated(points_of(planners, count, budget))
     if budget is not None and points[-1].peak_bytes > budget:
         raise BudgetError(budget, points[-1].peak_bytes, ())
     notes = () if any(p.label == CHECKPOINT for p in points) else ("no module repeats: nothing to checkpoint by hand",)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from .errors import BudgetError, MoonwalkError, UsageError
-from .options import LOWERINGS, PROFILES, STRATEGIES, Options, nearest
+from .options import LOWERINGS, ON_REQUEST, PROFILES, STRATEGIES, Options, nearest
 from .passes.cost import DEVICES
 from .plot import check_plot_path
 from .targets import load_target, parse_spec
@@ -102,7 +102,11 @@ def _add_common(parser: argparse.ArgumentParser, drawing: str) -> None:
     add("target", metavar="TARGET", help="package.module:callable or path/to/file.py:callable")
     spec = "an input, as f32[8,3,224,224] or i64[4,128]<50257; once for each"
     add("--input", metavar="SPEC", action="append", default=[], help=spec)
-    add("--strategies", metavar="A,B", help=f"some of {','.join(STRATEGIES)} (default all)")
+    add(
+        "--strategies",
+        metavar="A,B",
+        help=f"some of {','.join((*STRATEGIES, *ON_REQUEST))} (default all; split only through inductor)",
+    )
     add("--device", metavar="NAME", default="cpu", help=f"one of {', '.join(DEVICES)} (default cpu)")
     add("--lowering", metavar="L", help=f"{' or '.join(LOWERINGS)} (default {LOWERINGS[0]})")
     add("--profile", metavar="P", help=f"{' or '.join(PROFILES)}: predict times by a table, or time operations here")

@@ -79,21 +79,29 @@ class Front:
         plot_front(self, path)
 
 
-def points_of(planner: Planner, count: int, budget: int | None = None) -> Iterator[Point]:
-    """At least plain and the smallest; `count` budgets in even ratios between them, each met by the fastest plan."""
-    plain, smallest = planner.plain, planner.smallest()
+def points_of(planners: Sequence[Planner], count: int, budget: int | None = None) -> Iterator[Point]:
+    """At least plain and the smallest; `count` budgets in even ratios between them, each met by the fastest plan.
+
+    The first planner is that of the graph as it was captured; others are of the same step.
+    """
+    plain, smallest = planners[0].plain, min((p.smallest() for p in planners), key=lambda planned: planned.peak)
     yield as_point(plain, PLAIN)
-    by_hand = checkpoint_by_hand(planner)
+    by_hand = checkpoint_by_hand(planners[0])
     if by_hand is not None:
         yield as_point(by_hand, CHECKPOINT)
-    if budget is not None and (chosen := planner.within(budget)) is not None:
+    if budget is not None and (chosen := fastest_within(planners, budget)) is not None:
         yield as_point(chosen, BUDGET)
     ratio = smallest.peak / plain.peak
     for position in range(1, count - 1):
-        planned = planner.within(plain.peak * ratio ** (position / (count - 1)))
+        planned = fastest_within(planners, plain.peak * ratio ** (position / (count - 1)))
         if planned is not None:
             yield as_point(planned)
     yield as_point(smallest)
+
+
+def fastest_within(planners: Sequence[Planner], budget: float) -> Planned | None:
+    found = [planned for planner in planners if (planned := planner.within(budget)) is not None]
+    return min(found, key=lambda planned: planned.seconds, default=None)
 
 
 def as_point(planned: Planned, label: str | None = None) -> Point:

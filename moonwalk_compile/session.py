@@ -81,6 +81,7 @@ class Session:
     written: frozenset[int] = frozenset()  # the positions of tensors that the step writes to
     region: Region | None = None  # large tensors of the graph whose rows can be computed apart
     in_parts: bool = False  # whether they are
+    captured: tuple[fx.GraphModule, int] | None = None  # of a session that only plans: the joint graph, forward outputs
 
     # -- AOTAutograd's hooks ---------------------------------------------------------------------------------------
 
@@ -92,6 +93,7 @@ class Session:
         started = time.perf_counter()
         clock = self._clock()
         self.device = replace(self.device, clock=clock, fused=self.options.lowering == "inductor")
+        self.captured = None if self.lower else (joint, num_fwd_outputs)
         self._prepare(joint, num_fwd_outputs)
         try:
             chooser, chosen = self._settled(joint, num_fwd_outputs)
@@ -128,18 +130,31 @@ class Session:
         if not self.options.splits:
             with advised(SPLIT_TODO):
                 return whole, whole.settle()
-        parts = copy.copy(self)
-        parts._prepare(joint, forward_outputs, in_parts=True)
-        assert self.planner is not None and parts.planner is not None
-        if not parts.in_parts:
+        parts = self._in_parts(joint, forward_outputs)
+        if parts is None:
             return whole, whole.settle()
-        parts.planner.plain = self.planner.plain
         if not parts._chooser().is_better_than(whole):
             with contextlib.suppress(BudgetError):  # generated code may need more than was simulated
                 return whole, whole.settle()
         vars(self).update(vars(parts))
         chooser = self._chooser()
         return chooser, chooser.settle()
+
+    def _in_parts(self, joint: fx.GraphModule, forward_outputs: int) -> Session | None:
+        """Another session for the same graph, with its largest tensors in parts."""
+        parts = copy.copy(self)
+        parts._prepare(joint, forward_outputs, in_parts=True)
+        assert self.planner is not None and parts.planner is not None
+        parts.planner.plain = self.planner.plain
+        return parts if parts.in_parts else None
+
+    @property
+    def planner_in_parts(self) -> Planner | None:
+        """Of a session that only plans: the planner of its graph in parts, if there is one and it may be used."""
+        if self.captured is None or self.region is None or not self.options.splits:
+            return None
+        parts = self._in_parts(*self.captured)
+        return None if parts is None else parts.planner
 
     def _chooser(self) -> Chooser:
         assert self.planner is not None

@@ -7,6 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from examples import gpt
 from moonwalk_compile.api import model_front, plan_model
@@ -39,6 +41,21 @@ def test_the_front_is_one_and_can_be_had() -> None:
     for point in (free[len(free) // 2], free[-1]):
         plan = plan_model(build, Options.from_mapping({"lowering": "eager", "budget": point.peak_bytes}), "cpu")
         assert plan.peak_bytes <= point.peak_bytes
+
+
+def test_the_front_goes_on_where_large_tensors_are_split() -> None:
+    def build() -> tuple[gpt.Gpt, tuple[Tensor, Tensor]]:
+        return gpt.Gpt(4000, 32, 2, 32, 2, 0.0), (torch.zeros(8, 32, dtype=torch.long),) * 2
+
+    options = {"lowering": "eager", "strategies": ("keep", "checkpoint")}
+    whole = model_front(build, Options.from_mapping(options), "cpu", 3)
+    parts = model_front(build, Options.from_mapping({**options, "strategies": "keep,checkpoint,split"}), "cpu", 3)
+    assert parts.plain_peak_bytes == whole.plain_peak_bytes
+    smallest = parts.points[-1].peak_bytes
+    assert smallest < 0.5 * whole.points[-1].peak_bytes
+    bounded = Options.from_mapping({**options, "strategies": "keep,checkpoint,split", "budget": smallest})
+    found = plan_model(build, bounded, "cpu")
+    assert found.peak_bytes <= smallest and found.plain_peak_bytes == whole.plain_peak_bytes
 
 
 def test_checkpoint_by_hand_is_one_segment_for_each_block() -> None:
