@@ -66,14 +66,14 @@ def find_region(graph: fx.Graph, forward_outputs: int) -> Region | None:
         found = _grown(nodes, seed, rows, forward)
         if found is not None:
             labels, treated, members = found
-            parts = _parts(rows, seed, sizes, members)
+            largest = max(sizes[node] for node in members if node in labels)
+            parts = _parts(rows, largest, sizes, members)
             if parts < 2:
                 return None
             first = tuple(node for node in nodes if node in members and node in forward)
             rest = tuple(node for node in nodes if node in members and node not in forward)
             if _out_of_order(nodes, first) or _out_of_order(nodes, rest):
                 return None
-            largest = max(sizes[node] for node in members if node in sizes)
             return Region(rows, parts, first, rest, treated, labels, largest)
     return None
 
@@ -96,10 +96,10 @@ def _counts(seed: fx.Node) -> list[int]:
     return [rows, first] if rows % first == 0 and 1 < first < rows else [rows]
 
 
-def _parts(rows: int, seed: fx.Node, sizes: Mapping[fx.Node, int], members: set[fx.Node]) -> int:
+def _parts(rows: int, largest: int, sizes: Mapping[fx.Node, int], members: set[fx.Node]) -> int:
     others = (size for node, size in sizes.items() if node.op == "call_function" and node not in members)
     beside, parts = max(others, default=1), 1
-    while parts < MOST_PARTS and sizes[seed] > parts * beside and rows % (2 * parts) == 0:
+    while parts < MOST_PARTS and largest > parts * beside and rows % (2 * parts) == 0:
         parts *= 2
     return parts if parts >= WORTH else 1
 
