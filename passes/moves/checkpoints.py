@@ -27,9 +27,10 @@ class Checkpoints:
         self.longest = 2 * math.isqrt(len(kinds.keys)) + 4  # blocks that are computed again in one go
 
     def segment(self, first: int, last: int) -> Segment:
-        """These blocks computed again in one go."""
+        """These blocks computed again in one go. What they read of later blocks, such as a sum over all, is kept."""
         kept = frozenset(self.analysis.blocks[first].live_in).union(*self.kinds.residues[first : last + 1])
-        return Segment(first, last, "checkpoint", kept)
+        later = {v for index in range(first, last + 1) for v, maker in self.kinds.later[index] if maker > last}
+        return Segment(first, last, "checkpoint", kept | later)
 
     def inner(self, move: Move) -> tuple[Segment, ...]:
         return segments_of(move.pieces, move.segment.first, self._piece)

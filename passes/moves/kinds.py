@@ -20,6 +20,8 @@ class Kinds:
         self.orders = [order for _, order in signatures]
         self.places = [{value: place for place, value in enumerate(order)} for order in self.orders]
         self.residues = [residue(self.analysis, block) for block in blocks]
+        made = self.analysis.block_of
+        self.later = [[(v, made[v]) for v in b.demanded if made.get(v, b.index) > b.index] for b in blocks]
         self.gradients = [self._gradient_bytes(index) for index in range(len(blocks))]
         self.costs: dict[object, Cost | None] = {}
 
