@@ -283,6 +283,8 @@ def _nll_loss(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
     source, target, weight, reduction, ignored = _arguments(node)
     if labels.get(source) != Rows(0) or len(_shape(source)) != 2:
         return None
+    if reduction == 1 and not any(item.args[1] == 1 for item in node.users):
+        return None  # the sum of weights is not at hand
     takes, alone = {source: Rows(0), target: Rows(0)}, reduction == 0
     result: Rows | Total = Rows(0) if alone else "sum"
     return Treated((result, "sum"), takes, lambda parts: (source, target, weight, 0 if alone else 2, ignored))

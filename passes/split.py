@@ -287,7 +287,7 @@ class _Splitter:
             for node in group:
                 made = self.parts[node, part] = self._part(node, part)
                 if node in leaving and self._is_total(node):
-                    sums[node] = self._call(aten.add.Tensor, (sums[node], made), made) if node in sums else made
+                    sums[node] = self._added(sums.get(node), made)
         for node in leaving:
             if self._is_total(node):
                 self.env[node] = self._whole(node, sums[node])
@@ -295,6 +295,14 @@ class _Splitter:
                 self.env[node] = self._joined(node)
         for node in leaving:
             self._finish_mean(node)
+
+    def _added(self, total: fx.Node | None, part: fx.Node) -> fx.Node:
+        """Sums of 16-bit numbers are single-precision ones until all parts are in them."""
+        if total is not None:
+            return self._call(aten.add.Tensor, (total, part), part)
+        if part.meta["val"].dtype in (torch.float16, torch.bfloat16):
+            return self._call(aten._to_copy.default, (part,), part, kwargs={"dtype": torch.float32})
+        return part
 
     def _is_total(self, node: fx.Node) -> bool:
         return self.region.treated[node].result in ("sum", "mean")
@@ -339,7 +347,10 @@ class _Splitter:
 
     def _whole(self, node: fx.Node, total: fx.Node) -> fx.Node:
         if self.region.treated[node].result == "mean":
-            return self._call(aten.div.Tensor, (total, self.region.parts), total)
+            total = self._call(aten.div.Tensor, (total, self.region.parts), total)
+        dtype = node.meta["val"].dtype
+        if total.meta["val"].dtype != dtype:
+            total = self._call(aten._to_copy.default, (total,), total, kwargs={"dtype": dtype})
         return total
 
     def _finish_mean(self, node: fx.Node) -> None:

@@ -142,6 +142,36 @@ def test_logits_that_leave_are_put_together() -> None:
         assert (mine - true).norm() <= 1e-13 * true.norm()
 
 
+def test_sums_of_short_numbers_are_as_precise_as_the_whole() -> None:
+    arguments = [a.bfloat16() if a.is_floating_point() else a for a in example(16, 64, 8)]
+
+    def step(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return flat(F.linear(x, weight).float(), labels)
+
+    (region,), parts = captured(step, arguments, parts=64)
+    assert region is not None
+    exact = [a.double() if a.is_floating_point() else a for a in arguments]
+    truth = results(capture_joint(step, exact), exact)
+    errors = [
+        max((mine - true).norm() / true.norm() for mine, true in zip(results(capture, arguments), truth, strict=True))
+        for capture in (parts, capture_joint(step, arguments))
+    ]
+    assert errors[0] <= 1.1 * errors[1]
+
+
+def test_a_loss_that_is_only_looked_at() -> None:
+    """Without a gradient of its own nobody asks for the weights of its mean."""
+
+    def step(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(x, weight)
+        return logits.logsumexp(-1).mean(), flat(logits.detach(), labels)
+
+    arguments = example()
+    (_,), parts = captured(step, arguments)
+    for mine, true in zip(results(parts, arguments), results(capture_joint(step, arguments), arguments), strict=True):
+        assert (mine - true).norm() <= 1e-13 * true.norm()
+
+
 REFUSED: dict[str, Callable[..., Any]] = {
     "rows are mixed": lambda x: x.cumsum(1).square().sum(),
     "rows are sorted": lambda x: x.sort(1)[0].mul(torch.arange(16.0)[:, None]).sum(),
