@@ -104,7 +104,7 @@ def _labelled(node: fx.Node, labels: Labels) -> list[fx.Node]:
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
-    value = node.meta["val"]
+    value = node.meta.get("val")
     return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else ()
 
 
@@ -118,7 +118,7 @@ def _pointwise(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
         return None
     shape, takes = _shape(node), {}
     arguments = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-    if torch.broadcast_shapes(*map(_shape, arguments)) != shape:
+    if any(len(_shape(n)) > len(shape) or not _fits(_shape(n), shape) for n in arguments):
         return None
     aligned = {Rows(labels[n].start + len(shape) - len(_shape(n)), labels[n].lead) for n in arguments if n in labels}
     if len(aligned) != 1:
@@ -132,6 +132,10 @@ def _pointwise(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
         elif any(size != 1 for size in sizes) or argument in labels:
             return None
     return Treated(result, takes)
+
+
+def _fits(own: Sequence[int], shape: Sequence[int]) -> bool:
+    return all(size in (1, wide) for size, wide in zip(own[::-1], shape[::-1], strict=False))
 
 
 def _view(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
