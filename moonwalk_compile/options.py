@@ -143,8 +143,11 @@ class Options:
     def splits(self) -> bool:
         """Whether large tensors may be computed in parts of their rows: sums are then added up in another order.
 
-        Code that Inductor generates is not bitwise eager PyTorch's anyway: there, all strategies include this one.
+        Code that Inductor generates is not bitwise eager PyTorch's anyway: there, all strategies include this one. What
+        is split is not inverted.
         """
+        if {"keep", "checkpoint"}.isdisjoint(self.strategies):
+            return False
         return "split" in self.strategies or (self.lowering == "inductor" and self.strategies == STRATEGIES)
 
     def granting(self, size: int) -> Options:

@@ -234,3 +234,22 @@ def test_budget_error_says_what_would_do():
     assert "pinned by a, b, c, d, e and 2 more" in text
     assert len(text.splitlines()) == 3
     assert "pinned" not in str(BudgetError(1, 2))
+
+
+@pytest.mark.parametrize(
+    "strategies, lowering, expected",
+    [
+        (STRATEGIES, "inductor", True),
+        (STRATEGIES, "eager", False),
+        (("keep", "checkpoint"), "inductor", False),
+        (("checkpoint", "split"), "eager", True),
+        (("moonwalk", "split"), "inductor", False),
+    ],
+)
+def test_when_large_tensors_may_be_split(strategies: tuple[str, ...], lowering: str, expected: bool) -> None:
+    assert Options(strategies=strategies, lowering=lowering).splits is expected
+
+
+def test_split_alone_is_no_strategy() -> None:
+    with pytest.raises(OptionError, match="no strategy is left"):
+        Options(strategies=("split",))
