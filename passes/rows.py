@@ -59,6 +59,13 @@ class Treated:
     takes: Mapping[fx.Node, Rows] = field(default_factory=dict)
     args: Callable[[int], tuple[Any, ...]] | None = None
 
+    @property
+    def is_total(self) -> bool:
+        return isinstance(self.result, str)
+
+
+Rule = Callable[[fx.Node, Labels, int], Treated | None]
+
 
 def leading(shape: Sequence[int], rows: int) -> Rows | None:
     """The fewest leading dimensions that hold the rows."""
@@ -95,7 +102,7 @@ def constant(node: fx.Node, rows: Rows) -> Treated | None:
 
 def alike(node: fx.Node, other: fx.Node, rows: Rows) -> bool:
     """Whether a tensor is as long as another where that has its rows."""
-    mine, theirs = _shape(node), _shape(other)
+    mine, theirs = shape_of(node), shape_of(other)
     return len(mine) == len(theirs) and all(mine[dim] == theirs[dim] for dim in rows.dims)
 
 
@@ -103,7 +110,7 @@ def _labelled(node: fx.Node, labels: Labels) -> list[fx.Node]:
     return [argument for argument in node.all_input_nodes if argument in labels]
 
 
-def _shape(node: fx.Node) -> tuple[int, ...]:
+def shape_of(node: fx.Node) -> tuple[int, ...]:
     value = node.meta.get("val")
     return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else ()
 
@@ -116,16 +123,16 @@ def _pointwise(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
     """Arguments are aligned at the last dimension; one that has a single entry for all rows is taken whole."""
     if not isinstance(node.meta["val"], Tensor):
         return None
-    shape, takes = _shape(node), {}
+    shape, takes = shape_of(node), {}
     arguments = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-    if any(len(_shape(n)) > len(shape) or not _fits(_shape(n), shape) for n in arguments):
+    if any(len(shape_of(n)) > len(shape) or not _fits(shape_of(n), shape) for n in arguments):
         return None
-    aligned = {Rows(labels[n].start + len(shape) - len(_shape(n)), labels[n].lead) for n in arguments if n in labels}
+    aligned = {Rows(labels[n].start + len(shape) - len(shape_of(n)), labels[n].lead) for n in arguments if n in labels}
     if len(aligned) != 1:
         return None
     (result,) = aligned
     for argument in arguments:
-        own, offset = _shape(argument), len(shape) - len(_shape(argument))
+        own, offset = shape_of(argument), len(shape) - len(shape_of(argument))
         sizes = [own[dim - offset] if dim >= offset else 1 for dim in result.dims]
         if sizes == [shape[dim] for dim in result.dims] and result.start >= offset:
             takes[argument] = Rows(result.start - offset, result.lead)
@@ -139,9 +146,9 @@ def _fits(own: Sequence[int], shape: Sequence[int]) -> bool:
 
 
 def _view(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
-    source, shape = _arguments(node)[0], _shape(node)
+    source, shape = _arguments(node)[0], shape_of(node)
     found, own = leading(shape, rows), labels[source]
-    if found is None or own != leading(_shape(source), rows):
+    if found is None or own != leading(shape_of(source), rows):
         return None
     return Treated(found, {source: own}, lambda parts: (source, found.part(shape, parts)))
 
@@ -156,11 +163,11 @@ def _transposed(order: Sequence[int], node: fx.Node, labels: Labels) -> Treated 
 
 
 def _t(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
-    return _transposed([1, 0], node, labels) if len(_shape(node)) == 2 else None
+    return _transposed([1, 0], node, labels) if len(shape_of(node)) == 2 else None
 
 
 def _transpose(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
-    count = len(_shape(node))
+    count = len(shape_of(node))
     order = list(range(count))
     a, b = (int(dim) % count for dim in _arguments(node)[1:3])
     order[a], order[b] = order[b], order[a]
@@ -168,7 +175,7 @@ def _transpose(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
 
 
 def _permute(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
-    count = len(_shape(node))
+    count = len(shape_of(node))
     return _transposed([int(dim) % count for dim in _arguments(node)[1]], node, labels)
 
 
@@ -178,7 +185,7 @@ def _product(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
     if any(n in labels for n in bias) or a is b:
         return None
     first, second = labels.get(a), labels.get(b)
-    if bias and (first != Rows() or second is not None or len(_shape(bias[0])) != 1):
+    if bias and (first != Rows() or second is not None or len(shape_of(bias[0])) != 1):
         return None
     if first == Rows(0) and second is None:
         return Treated(Rows(0), {a: Rows(0)})
@@ -197,29 +204,22 @@ def _along(node: fx.Node, dims: Sequence[int], labels: Labels) -> Treated | None
     if len(where) != 1:
         return None
     (own,) = where
-    count = len(_shape(next(iter(taken))))
+    count = len(shape_of(next(iter(taken))))
     if {int(dim) % count for dim in dims}.intersection(own.dims):
         return None
-    outer = [_shape(n) for n in (*tensors, node)]
+    outer = [shape_of(n) for n in (*tensors, node)]
     if any([shape[dim] for dim in own.dims] != [outer[0][dim] for dim in own.dims] for shape in outer):
         return None
     return Treated(own, dict.fromkeys(tensors, own))
 
 
-def _softmax(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
-    return _along(node, [_arguments(node)[1]], labels)
+def _along_dim(place: int) -> Rule:
+    """The rule of an operation along the one dimension that the argument at `place` names (the first by default)."""
 
+    def rule(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
+        return _along(node, [*_arguments(node)[place : place + 1], 0][:1], labels)
 
-def _softmax_backward(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
-    return _along(node, [_arguments(node)[2]], labels)
-
-
-def _gather(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
-    return _along(node, [_arguments(node)[1]], labels)
-
-
-def _slice(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
-    return _along(node, [*_arguments(node)[1:2], 0][:1], labels)
+    return rule
 
 
 def _slice_backward(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
@@ -233,7 +233,7 @@ def _slice_backward(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
 def _inserted(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
     """`unsqueeze`: dimensions behind the new one move."""
     source, dim = _arguments(node)
-    own, place = labels[source], dim % len(_shape(node))
+    own, place = labels[source], dim % len(shape_of(node))
     if own.start < place < own.start + own.lead:
         return None
     return Treated(Rows(own.start + (place <= own.start), own.lead), {source: own})
@@ -242,9 +242,9 @@ def _inserted(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
 def _removed(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
     """`select`, and `squeeze` of one dimension: dimensions behind it move."""
     source, dim = _arguments(node)[:2]
-    own, count = labels[source], len(_shape(source))
+    own, count = labels[source], len(shape_of(source))
     place = dim % count if isinstance(dim, int) else own.start
-    if place in own.dims or len(_shape(node)) != count - 1:
+    if place in own.dims or len(shape_of(node)) != count - 1:
         return None
     return Treated(Rows(own.start - (place < own.start), own.lead), {source: own})
 
@@ -252,10 +252,10 @@ def _removed(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
 def _sized(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
     """`expand` and `new_zeros`: their second argument is the size of the result."""
     source, _, *rest = _arguments(node)
-    own, shape = labels[source], _shape(node)
-    offset = len(shape) - len(_shape(source)) if base_name(node.target) == "expand" else 0
+    own, shape = labels[source], shape_of(node)
+    offset = len(shape) - len(shape_of(source)) if base_name(node.target) == "expand" else 0
     result = Rows(own.start + offset, own.lead)
-    if [*shape[result.start :][: own.lead]] != [_shape(source)[dim] for dim in own.dims]:
+    if [*shape[result.start :][: own.lead]] != [shape_of(source)[dim] for dim in own.dims]:
         return None
     return Treated(result, {source: own}, lambda parts: (source, result.part(shape, parts), *rest))
 
@@ -263,7 +263,7 @@ def _sized(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
 def _reduction(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
     args, name = _arguments(node), base_name(node.target)
     source = args[0]
-    own, count = labels[source], len(_shape(source))
+    own, count = labels[source], len(shape_of(source))
     given: Any = args[1] if len(args) > 1 else node.kwargs.get("dim")
     named = [given] if isinstance(given, int) else list(given or range(count))
     dims = {int(dim) % count for dim in named}
@@ -285,7 +285,7 @@ def _is_floating(node: fx.Node) -> bool:
 def _nll_loss(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
     """A sum, and the weights' sum; the mean is one divided by the other, when both are complete."""
     source, target, weight, reduction, ignored = _arguments(node)
-    if labels.get(source) != Rows(0) or len(_shape(source)) != 2:
+    if labels.get(source) != Rows(0) or len(shape_of(source)) != 2:
         return None
     if reduction == 1 and not any(item.args[1] == 1 for item in node.users):
         return None  # the sum of weights is not at hand
@@ -296,7 +296,7 @@ def _nll_loss(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
 
 def _nll_loss_backward(node: fx.Node, labels: Labels, rows: int) -> Treated | None:
     gradient, source, target, _, reduction, *_ = _arguments(node)
-    if labels.get(source) != Rows(0) or len(_shape(source)) != 2:
+    if labels.get(source) != Rows(0) or len(shape_of(source)) != 2:
         return None
     own = {gradient: Rows(0)} if reduction == 0 else {}
     return Treated(Rows(0), {source: Rows(0), target: Rows(0), **own})
@@ -304,7 +304,7 @@ def _nll_loss_backward(node: fx.Node, labels: Labels, rows: int) -> Treated | No
 
 _SIZE_OF = {"zeros": 0, "ones": 0, "full": 0, "new_zeros": 1, "new_ones": 1, "new_full": 1}
 
-_RULES: dict[str, Callable[[fx.Node, Labels, int], Treated | None]] = {
+_RULES: dict[str, Rule] = {
     "view": _view,
     "_unsafe_view": _view,
     "t": _t,
@@ -312,14 +312,14 @@ _RULES: dict[str, Callable[[fx.Node, Labels, int], Treated | None]] = {
     "permute": _permute,
     "mm": _product,
     "addmm": _product,
-    "_log_softmax": _softmax,
-    "_softmax": _softmax,
-    "_log_softmax_backward_data": _softmax_backward,
-    "_softmax_backward_data": _softmax_backward,
-    "gather": _gather,
-    "scatter": _gather,
-    "scatter_add": _gather,
-    "slice": _slice,
+    "_log_softmax": _along_dim(1),
+    "_softmax": _along_dim(1),
+    "_log_softmax_backward_data": _along_dim(2),
+    "_softmax_backward_data": _along_dim(2),
+    "gather": _along_dim(1),
+    "scatter": _along_dim(1),
+    "scatter_add": _along_dim(1),
+    "slice": _along_dim(1),
     "slice_backward": _slice_backward,
     "unsqueeze": _inserted,
     "select": _removed,

@@ -9,7 +9,7 @@ the rows, sums added up. What is kept of a part, or computed again, is then the 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from ._torch_compat import disable_current_modes
 from .capture import is_effect, is_random, mark_stages, tuple_items
-from .rows import Rows, Treated, alike, constant, leading, treat
+from .rows import Rows, Treated, alike, constant, leading, shape_of, treat
 from .sizes import storage_bytes
 
 aten = torch.ops.aten
@@ -110,7 +110,7 @@ Grown = tuple[dict[fx.Node, Rows], dict[fx.Node, Treated], set[fx.Node]]
 def _grown(nodes: Sequence[fx.Node], seed: fx.Node, rows: int, forward: set[fx.Node]) -> Grown | None:
     """Follow the rows from the seed on; None if something that reads a large tensor cannot be done in parts."""
     large = seed.meta["val"].numel() / 2
-    start = leading(_sizes(seed), rows)
+    start = leading(shape_of(seed), rows)
     source = seed.args[-2]
     assert start is not None and isinstance(source, fx.Node)
     labels: dict[fx.Node, Rows] = {source: start}
@@ -200,18 +200,10 @@ def _needed(
         if any(node not in treated for node in between):
             return None
         members |= between
-        totals = [node for node in own if node in members and node not in labels and node not in _tuples(treated)]
+        totals = [node for node in own if node in members and treated[node].is_total]
         if any(user in members and (user in forward) == stage for node in totals for user in node.users):
             return None
     return members
-
-
-def _tuples(treated: Mapping[fx.Node, Treated]) -> set[fx.Node]:
-    return {node for node, how in treated.items() if isinstance(how.result, tuple)}
-
-
-def _sizes(node: fx.Node) -> tuple[int, ...]:
-    return tuple(int(size) for size in node.meta["val"].shape)
 
 
 def split(graph: fx.Graph, region: Region) -> fx.Graph | None:
@@ -245,6 +237,7 @@ class _Splitter:
         numbers = [n for node in self.region.forward if (n := node.meta.get("seq_nr")) is not None]
         self.first, self.last = min(numbers, default=0), max(numbers, default=0)
         self.members = {*self.region.forward, *self.region.backward}
+        self.mode = self.region.forward[0].meta["val"].fake_mode
 
     def run(self) -> fx.Graph:
         ends = {group[-1]: group for group in (self.region.forward, self.region.backward) if group}
@@ -286,10 +279,10 @@ class _Splitter:
         for part in range(count) if forward else reversed(range(count)):
             for node in group:
                 made = self.parts[node, part] = self._part(node, part)
-                if node in leaving and self._is_total(node):
+                if node in leaving and self.region.treated[node].is_total:
                     sums[node] = self._added(sums.get(node), made)
         for node in leaving:
-            if self._is_total(node):
+            if self.region.treated[node].is_total:
                 self.env[node] = self._whole(node, sums[node])
             elif node in self.region.labels:
                 self.env[node] = self._joined(node)
@@ -303,9 +296,6 @@ class _Splitter:
         if part.meta["val"].dtype in (torch.float16, torch.bfloat16):
             return self._call(aten._to_copy.default, (part,), part, kwargs={"dtype": torch.float32})
         return part
-
-    def _is_total(self, node: fx.Node) -> bool:
-        return self.region.treated[node].result in ("sum", "mean")
 
     def _part(self, node: fx.Node, part: int) -> fx.Node:
         how, source = self.region.treated[node], node.args[0]
@@ -328,7 +318,7 @@ class _Splitter:
         """A part of a tensor from outside: a view."""
         key = (whole, rows, part)
         if key not in self.taken:
-            count, shape, source = self.region.parts, list(_sizes(whole)), self.env[whole]
+            count, shape, source = self.region.parts, list(shape_of(whole)), self.env[whole]
             size, dim = rows.part(shape, count), rows.dims[-1]
             if rows.lead > 1:
                 flat = list(size)
@@ -342,7 +332,7 @@ class _Splitter:
         rows, pieces = self.region.labels[node], [self.parts[node, part] for part in range(self.region.parts)]
         whole = self._call(aten.cat.default, (pieces, rows.dims[-1]), node, self.region.parts - 1)
         if rows.lead > 1:
-            whole = self._call(aten.view.default, (whole, list(_sizes(node))), node, self.region.parts - 1)
+            whole = self._call(aten.view.default, (whole, list(shape_of(node))), node, self.region.parts - 1)
         return whole
 
     def _whole(self, node: fx.Node, total: fx.Node) -> fx.Node:
@@ -364,27 +354,18 @@ class _Splitter:
 
     def _call(
         self,
-        target: Callable[..., Any] | str,
+        target: Any,
         args: tuple[Any, ...],
         like: fx.Node,
         part: int | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> fx.Node:
         """A call with the fake result that it has; `like` is where its origin is told from, an old node with `part`."""
-        made = self.new.call_function(target, args, dict(kwargs or {}))  # type: ignore[arg-type]
+        made = self.new.call_function(target, args, dict(kwargs or {}))
         made.meta.update({k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta", "desc")})
         if part is not None:
             made.meta["seq_nr"] = self._number(like, part)
-        made.meta["val"] = _fake(target, made.args, made.kwargs)
+        values = fx.node.map_arg((made.args, made.kwargs), lambda node: node.meta["val"])
+        with disable_current_modes(), self.mode, torch.no_grad():
+            made.meta["val"] = target(*values[0], **values[1])
         return made
-
-
-def _fake(target: Any, args: Any, kwargs: Any) -> Any:
-    values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
-    fakes = [leaf for leaf in _leaves(values) if hasattr(leaf, "fake_mode")]
-    with disable_current_modes(), fakes[0].fake_mode, torch.no_grad():
-        return target(*values[0], **values[1])
-
-
-def _leaves(tree: Any) -> Iterable[Any]:
-    return torch.utils._pytree.tree_leaves(tree)
