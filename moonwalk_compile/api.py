@@ -17,6 +17,7 @@ from .backend import compile_graph, device_of, needs_gradient, run_autograd
 from .errors import BudgetError, CaptureError, MoonwalkError, UsageError
 from .front import CHECKPOINT, Front, points_of, undominated
 from .options import Budget, Options
+from .outputs import Wanted, check_outputs, with_outputs
 from .passes._torch_compat import (
     NOT_ON_FAKE_TENSORS,
     SIZES,
@@ -25,8 +26,8 @@ from .passes._torch_compat import (
     FakeTensorMode,
     TorchDynamoException,
     capturing,
-    compiled_call,
     dynamo_counters,
+    in_own_frame,
     tree_flatten,
 )
 from .passes.cost import find_device
@@ -36,6 +37,7 @@ from .session import Session
 from .uncaptured import Flag, decided, flags_of
 
 Model = TypeVar("Model", bound=nn.Module)
+Call = Callable[..., Any]
 TOO_MANY_SIZES = f"there are plans for {SIZES} sizes of its inputs already, and these are others"
 
 
@@ -50,6 +52,7 @@ def moonwalk_compile(
     profile: str = "model",
     example_inputs: Sequence[Any] | torch.Tensor | None = None,
     fullgraph: bool = True,
+    outputs: str | int | Iterable[str | int] | None = None,
 ) -> Model:
     """Compile `model` in place, so that its training step stays within a memory budget; returns the model.
 
@@ -67,6 +70,8 @@ def moonwalk_compile(
             and remembers that on disk.
         example_inputs: plan now, on inputs like these, instead of at the first call.
         fullgraph: capture the model as one graph; with False, graph breaks are allowed and each part gets the budget.
+        outputs: names or positions of the only outputs that training needs, as in "loss". Calls that record gradients
+            return None for the others, and neither they nor gradients for them are held.
 
     `model.plan` is the `Plan` of the latest compilation (None before the first). Raises OptionError for a bad option;
     BudgetError where a budget cannot be met; with a budget, CaptureError where the model cannot be captured.
@@ -74,12 +79,10 @@ def moonwalk_compile(
     check_model(model)
     options = Options(budget, max_slowdown, strategies, tolerance, lowering, profile)  # type: ignore[arg-type]
     inner = model.module if isinstance(model, DistributedDataParallel) else model  # gradients meet outside of the step
-    driver = _Driver(inner, options, fullgraph, {inner, model})
-    driver.compiled = compiled_call(inner, driver.backend, fullgraph)
-    if lowering == "inductor":
-        driver.inference = compiled_call(inner, "inductor", dynamic=None)
+    wanted = check_outputs(outputs)
+    driver = _Driver(inner, with_outputs(inner._call_impl, wanted), options, fullgraph, {inner, model})
     inner._compiled_call_impl = driver
-    driver.set_plan(None if example_inputs is None else plan_only(inner, listed(example_inputs), options))
+    driver.set_plan(None if example_inputs is None else plan_only(inner, listed(example_inputs), options, wanted))
     return model
 
 
@@ -97,11 +100,15 @@ def listed(example_inputs: Sequence[Any] | torch.Tensor) -> tuple[Any, ...]:
 class _Driver:
     """What `model(...)` calls: the compiled model, or the plain one where compiling was not possible."""
 
-    def __init__(self, model: nn.Module, options: Options, fullgraph: bool, shown_by: Iterable[nn.Module]) -> None:
-        self.model, self.options, self.fullgraph = model, options, fullgraph
+    def __init__(
+        self, model: nn.Module, call: Call, options: Options, fullgraph: bool, shown_by: Iterable[nn.Module]
+    ) -> None:
+        self.model, self.call, self.options, self.fullgraph = model, call, options, fullgraph
         self.shown_by = tuple(shown_by)  # whose `plan` is set
-        self.compiled: Callable[..., Any] = model._call_impl
-        self.inference: Callable[..., Any] = model._call_impl  # of calls without gradients: nothing to plan
+        self.compiled = in_own_frame(call, self.backend, fullgraph)
+        self.inference: Call = model._call_impl  # of calls without gradients: nothing to plan
+        if options.lowering == "inductor":
+            self.inference = in_own_frame(model._call_impl, "inductor", dynamic=None)
         self.plain = False
         self.replays = Replays(model, options.strategies, options.max_slowdown)  # while it is plain
         self.flags: tuple[Flag, ...] = ()  # on which the model branches
@@ -151,7 +158,7 @@ class _Driver:
             self.warned = True
             name = type(self.model).__name__
             warnings.warn(f"moonwalk: {name} trains plain on some inputs: {TOO_MANY_SIZES}", stacklevel=4)
-        return self.model._call_impl(*args, **kwargs)
+        return self.call(*args, **kwargs)
 
     def _flag_values(self) -> tuple[Any, ...]:
         return tuple(flag.value for flag in self.flags)
@@ -163,7 +170,7 @@ class _Driver:
             return undecided and bool(self.flags)
         if self.flags or self.tried_out or isinstance(error, BackendCompilerFailed):
             return False
-        try_out(self.model, self.model._call_impl, args, kwargs)
+        try_out(self.model, self.call, args, kwargs)
         self.tried_out = True
         return True
 
@@ -185,8 +192,9 @@ class _Driver:
         return result
 
     def _run_plain(self, args: Any, kwargs: Any) -> Any:
+        call = self.call if torch.is_grad_enabled() else self.model._call_impl
         with self.replays.replaying():
-            return self.model._call_impl(*args, **kwargs)
+            return call(*args, **kwargs)
 
     def _warn_of_breaks(self, graphs: int, breaks: Sequence[str], result: Any) -> None:
         """Each part of a broken graph has the whole budget, and what is in no part has none."""
@@ -210,7 +218,7 @@ class _Driver:
             raise ours from None
         reason = first_line(ours)
         if self.options.budget is not None:
-            try_out(self.model, self.model._call_impl, args, kwargs)
+            try_out(self.model, self.call, args, kwargs)
             raise CaptureError(
                 "The model could not be captured as one graph",
                 reason,
@@ -237,15 +245,23 @@ class _Planned(Exception):
     """Ends a compilation when the plan stands and nothing is to run."""
 
 
-def plan_only(model: nn.Module, inputs: tuple[Any, ...], options: Options, device: str | None = None) -> Plan:
-    """The plan of a training step of `model`, without running it. Fake models and inputs allocate nothing."""
-    plan = planned_session(model, inputs, options, device).plan
+def plan_only(model: nn.Module, inputs: tuple[Any, ...], options: Options, outputs: Wanted | None = None) -> Plan:
+    """The plan of a training step of `model`, without running it."""
+    plan = planned_session(model, inputs, options, outputs=outputs).plan
     assert plan is not None
     return plan
 
 
-def planned_session(model: nn.Module, inputs: tuple[Any, ...], options: Options, device: str | None = None) -> Session:
-    """The session in which a training step of `model` was planned; nothing is lowered and nothing runs."""
+def planned_session(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    options: Options,
+    device: str | None = None,
+    outputs: Wanted | None = None,
+) -> Session:
+    """The session in which a training step of `model` was planned; nothing is lowered and nothing runs. Fake models and
+    inputs allocate nothing."""
+    call = with_outputs(model._call_impl, outputs)
     sessions: list[Session] = []
     tried_out = False
 
@@ -262,7 +278,7 @@ def planned_session(model: nn.Module, inputs: tuple[Any, ...], options: Options,
     while True:
         try:
             with capturing():
-                compiled_call(model, backend, fullgraph=True)(*inputs)
+                in_own_frame(call, backend, fullgraph=True)(*inputs)
             break
         except TorchDynamoException as error:
             ours = unwrap(error)
@@ -276,7 +292,7 @@ def planned_session(model: nn.Module, inputs: tuple[Any, ...], options: Options,
                 ) from error
             tried_out = True
             with contextlib.suppress(*NOT_ON_FAKE_TENSORS):
-                try_out(model, model._call_impl, inputs, {})
+                try_out(model, call, inputs, {})
     if not sessions:
         raise CaptureError(
             "There is nothing to plan",

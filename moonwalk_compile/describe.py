@@ -14,8 +14,12 @@ from .passes.liveness import Timeline
 from .passes.lower import Half
 from .passes.plan import Planned, Planner
 from .report import Plan, Segment
+from .units import format_bytes
 
 Halves = tuple[Half, Half]
+FRAME = r"^L\['\w+'\](\.__closure__\[\d+\]\.cell_contents)*(\.__self__)?"  # how Dynamo reaches the model from ours
+OUTPUTS_TODO = 'train on the outputs that the loss needs (outputs="loss"), where that is not all of them'
+NOTABLE = 0.1  # part of plain's peak from which an output and its gradient are worth a word
 
 
 def describe(
@@ -67,7 +71,20 @@ def _notes(planner: Planner, planned: Planned, options: Options) -> tuple[str, .
         notes.append("the part of plain's peak cannot be met: the budget is what it came to for other inputs")
     if planner.uncertified(planned.segments):
         notes.append("provisional: inversion is certified on real values at the first step, and may then be withdrawn")
+    spare = spare_output(planner)
+    if spare is not None:
+        notes.append(f"an output and its gradient, {format_bytes(spare.bytes)} each, are held: {OUTPUTS_TODO}")
     return tuple(notes)
+
+
+def spare_output(planner: Planner) -> Value | None:
+    """The gradient of a large output beside one that looks like a loss."""
+    graph = planner.analysis.graph
+    gradients = [graph.values[value] for value in graph.tangents]
+    largest = max(gradients, key=lambda value: value.bytes, default=None)
+    if largest is None or all(value.shape for value in gradients) or 2 * largest.bytes < NOTABLE * planner.plain.peak:
+        return None
+    return largest
 
 
 def _segment(planner: Planner, choice: Choice) -> Segment:
@@ -119,7 +136,7 @@ def module_path(analysis: Analysis, index: int) -> str:
 
 def _cleaned(path: str) -> list[str]:
     """`L['self']._modules['blocks']._modules['3']` -> blocks, 3."""
-    parts = re.split(r"[.\[\]']+", re.sub(r"^L\['\w+'\](\.__self__)?", "", path))
+    parts = re.split(r"[.\[\]']+", re.sub(FRAME, "", path))
     return [part for part in parts if part not in ("", "_modules", "__dict__")]
 
 

@@ -71,12 +71,12 @@ class BudgetError(MoonwalkError):
 
 
 @contextlib.contextmanager
-def advised(advice: str) -> Iterator[None]:
+def advised(*advice: str) -> Iterator[None]:
     """A budget that cannot be met comes with this advice."""
     try:
         yield
     except BudgetError as error:
-        raise BudgetError(error.budget_bytes, error.smallest_peak_bytes, error.pinned, advice) from None
+        raise BudgetError(error.budget_bytes, error.smallest_peak_bytes, error.pinned, ", or ".join(advice)) from None
 
 
 def _pinned_by(names: tuple[str, ...], shown: int = 5) -> str:

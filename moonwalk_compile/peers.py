@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .front import repeated_module
 from .passes._torch_compat import (
-    compiled_call,
     default_partition,
     dynamo_aot_autograd,
     functorch_config,
+    in_own_frame,
     min_cut_rematerialization_partition,
 )
 from .passes._torch_compat_inductor import inductor_config
@@ -89,7 +89,7 @@ def compiled(model: nn.Module, lowering: str, partition: Partition = default_par
 
 def in_one_graph(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> nn.Module:
     """As `torch.compile(model)` does, but in place."""
-    model._compiled_call_impl = compiled_call(model, backend)
+    model._compiled_call_impl = in_own_frame(model._call_impl, backend)
     return model
 
 

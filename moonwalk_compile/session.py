@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from .choice import Certificates, Chooser, LoweredPlan
-from .describe import describe
+from .describe import OUTPUTS_TODO, describe, spare_output
 from .errors import BudgetError, OptionError, advised
 from .inputs import input_positions, is_real, role_of, written_positions
 from .meter import StepMeter
@@ -96,7 +96,8 @@ class Session:
         self.captured = None if self.lower else (joint, num_fwd_outputs)
         self._prepare(joint, num_fwd_outputs)
         try:
-            chooser, chosen = self._settled(joint, num_fwd_outputs)
+            with advised(*self._advice()):
+                chooser, chosen = self._settled(joint, num_fwd_outputs)
         except ProfileUnknown as error:
             if clock is not None:
                 clock.save()
@@ -125,11 +126,8 @@ class Session:
     def _settled(self, joint: fx.GraphModule, forward_outputs: int) -> tuple[Chooser, LoweredPlan]:
         """The choice for the graph as it was captured, or with its largest tensors in parts where that is better."""
         whole = self._chooser()
-        if self.region is None or (self.options.splits and whole.is_easy()):
+        if self.region is None or not self.options.splits or whole.is_easy():
             return whole, whole.settle()
-        if not self.options.splits:
-            with advised(SPLIT_TODO):
-                return whole, whole.settle()
         parts = self._in_parts(joint, forward_outputs)
         if parts is None:
             return whole, whole.settle()
@@ -139,6 +137,12 @@ class Session:
         vars(self).update(vars(parts))
         chooser = self._chooser()
         return chooser, chooser.settle()
+
+    def _advice(self) -> list[str]:
+        """What else there is to do about a budget that cannot be met."""
+        assert self.planner is not None
+        advice = [OUTPUTS_TODO] if spare_output(self.planner) else []
+        return [SPLIT_TODO, *advice] if self.region is not None and not self.options.splits else advice
 
     def _in_parts(self, joint: fx.GraphModule, forward_outputs: int) -> Session | None:
         """Another session for the same graph, with its largest tensors in parts."""

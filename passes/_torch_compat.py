@@ -30,7 +30,6 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
     unset_fake_temporarily,
 )
-from torch.nn import Module
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
@@ -49,24 +48,19 @@ LOGGING = ("debug", "info", "warn", "error", "exception", "critical", "fatal", "
 _frames = itertools.count()
 
 
-def compiled_call(
-    model: Module, backend: str | Callable[..., Any], fullgraph: bool = False, dynamic: bool | None = False
-) -> Callable[..., Any]:
-    """What `torch.compile(model)` calls: through a frame that is not torch.nn's own, whose forward Dynamo skips.
-
-    (`model.compile()` takes a Sequential apart for that reason, and compiles what it contains one by one.)
-    """
-    return in_own_frame(model._call_impl, backend, fullgraph, dynamic)
-
-
 def in_own_frame(
-    function: Callable[..., Any], backend: str | Callable[..., Any], fullgraph: bool, dynamic: bool | None = False
+    function: Callable[..., Any],
+    backend: str | Callable[..., Any],
+    fullgraph: bool = False,
+    dynamic: bool | None = False,
 ) -> Callable[..., Any]:
     """`torch.compile(function)`, one plan for each size, in a frame of its own. (With `dynamic=None`: for any size,
     once sizes have been seen to change.)
 
     Dynamo looks compilations up, and counts them, by code object. Where models shared one, each call would walk through
-    the guards of all others, and a process could not compile more than a limited number of models.
+    the guards of all others, and a process could not compile more than a limited number of models. Of a model, the
+    function is `_call_impl`: a forward that is torch.nn's own would be skipped (`model.compile()` takes a Sequential
+    apart for that reason, and compiles what it contains one by one).
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -125,7 +119,6 @@ __all__ = [
     "SIZES",
     "TANGENTS_ARE_FREED",
     "capturing",
-    "compiled_call",
     "disable_current_modes",
     "InputMutationAOTOutput",
     "PlainAOTInput",
