@@ -39,6 +39,7 @@ class Device:
     packed: float = math.inf  # elements per second
     unpacked: float = math.inf
     bits: float = 0.0  # seconds of overhead of a call that packs or unpacks, beside that of any call
+    page: float = 0.0  # seconds per byte of memory that is new to the process, beside what `bandwidth` has of it
     wider: tuple[float, float, float] | None = None
     datasheet: bool = True
     fused: bool = False
@@ -78,8 +79,9 @@ SPECIAL = {
     **dict.fromkeys("tanh sin cos pow".split(), 3.0),
     **dict.fromkeys("where masked_fill sort scatter gather".split(), 4.0),
 }
-# An allocation of this many bytes is always new to the process, and faults page by page. In a step about this part is.
-FRESH, NEW = 40 << 20, 1 / 3
+# glibc gives allocations of more bytes back when they are freed: each is new to the process, and faults page by page.
+# Of what the others take in a step, about this part is.
+FRESH, NEW = 32 << 20, 1 / 3
 # A CPU draws one number after another, on one core.
 RANDOM = set("bernoulli native_dropout rand rand_like randn randn_like randint uniform normal".split())
 # Normalizations that go over rows, which stay in the cache, and what goes over whole images for its statistics.
@@ -179,7 +181,8 @@ def operation_seconds(operation: Operation, device: Device) -> float:
     elements = sum(operation.new) / 4
     special = elements * SPECIAL.get(name, 0.0) / device.transcendental
     drawn = elements / device.random if name in RANDOM else 0.0
-    return rounds * device.overhead + max(arithmetic, memory, special, drawn, _bit_seconds(operation, device))
+    pages = sum(size for size in operation.new if size > FRESH) * device.page
+    return rounds * device.overhead + max(arithmetic, memory, special, drawn, _bit_seconds(operation, device)) + pages
 
 
 def product_rate(operation: Operation, device: Device) -> float:
@@ -253,7 +256,7 @@ def calibrate_cpu() -> Device:
 
 def _calibrate() -> Device:
     matrix = torch.randn(768, 768)
-    large: Tensor = torch.randn(FRESH // 4)
+    large: Tensor = torch.randn(10 << 20)  # of more bytes than FRESH
     medium = torch.randn(1 << 18)
     small = torch.randn(8)
     product = _seconds(lambda: matrix @ matrix)
@@ -279,6 +282,7 @@ def _calibrate() -> Device:
         packed=mask.numel() / max(packed - few, packed / 2),
         unpacked=mask.numel() / max(unpacked - few, unpacked / 2),
         bits=few,
+        page=max(0.0, (1 - NEW) * (fresh - reused) / (4 * large.numel())),
         datasheet=False,
     )
 

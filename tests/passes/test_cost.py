@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import flop_registry
 
-from moonwalk_compile.passes.cost import DEVICES, count_flops, operation_seconds
+from moonwalk_compile.passes.cost import DEVICES, FRESH, count_flops, operation_seconds
 from moonwalk_compile.passes.graph import Operation, Ref
 from moonwalk_compile.passes.trials import frozen_call
 
@@ -55,6 +55,13 @@ def test_bits_have_rates_of_their_own() -> None:
     assert [operation_seconds(operation, device) for operation in (pack, unpack)] == [8.0, 4.0]
     slow = replace(device, bits=0.5)
     assert [operation_seconds(operation, slow) for operation in (pack, unpack)] == [8.5, 4.5]
+
+
+def test_large_results_are_new_memory_each_time() -> None:
+    device = replace(DEVICES["cpu"], overhead=0.0, bandwidth=1e30, page=1e-9)
+    small, large = (Operation(aten.add.Tensor, (Ref(0), Ref(1)), new=(size,)) for size in (FRESH, 2 * FRESH))
+    assert operation_seconds(small, device) == 0.0
+    assert operation_seconds(large, device) == pytest.approx(2 * FRESH * 1e-9)
 
 
 def product(dtype: torch.dtype, target: object = aten.mm.default, flops: float = 1e12) -> Operation:
