@@ -29,7 +29,8 @@ from .graph import Call, Operation
 from .layout import CONVOLUTIONS, laid_out
 from .trials import Like, made_up, may_be_tried
 
-SPENT_S = 0.05  # on one call, after a first run that does not count
+SPENT_S = 0.05  # on one call, after a first run that does not count;
+SPENT_IN_ALL_S = 4.0  # where nobody asked for measurements, all calls: further ones then run twice
 MOST_RUNS = 7
 METHOD = 2  # raised where what is measured changes: earlier figures on disk are then not read
 IN_A_ROW_S, MOST_IN_A_ROW = 2e-3, 50  # runs between two looks at a device that works on its own
@@ -51,7 +52,7 @@ class Clock:
         self.fused, self.limit, self.folder = fused, limit, folder
         self.found: dict[str, float | None] = {}
         self.known: dict[tuple[int, bool], tuple[Call, float | None]] = {}
-        self.new = 0
+        self.new, self.spent_s = 0, 0.0
         self.bar = tqdm(desc="timing operations", unit="", leave=False, disable=None if folder else True)
         self.loaded = False
 
@@ -89,7 +90,10 @@ class Clock:
             self.found, self.loaded = dict(read(self._path(self.folder))), True
         key = hashlib.sha256(repr((str(call[0]), *call[1:])).encode()).hexdigest()[:32]
         if key not in self.found:
-            self.found[key] = measured_seconds(call, self.limit)
+            hurried = self.folder is None and self.spent_s > SPENT_IN_ALL_S
+            started = time.perf_counter()
+            self.found[key] = measured_seconds(call, self.limit, hurried)
+            self.spent_s += time.perf_counter() - started
             self.new += 1
             self.bar.update()
         return self.found[key]
@@ -125,16 +129,17 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def measured_seconds(call: Call, limit: float = math.inf) -> float | None:
-    """The median time of a call on made-up values, or None. Each is timed once in a process."""
+def measured_seconds(call: Call, limit: float = math.inf, hurried: bool = False) -> float | None:
+    """The median time of a call on made-up values, or None; if `hurried`, of a single run. Each is timed once in a
+    process."""
     likes = [item for item in tree_leaves(call[1:]) if isinstance(item, Like)]
     if not may_be_tried(call[0]) or not likes or sum(like.bytes for like in likes) > limit:
         return None
-    return _measured(call, likes[0].device, torch.get_num_threads())
+    return _measured(call, likes[0].device, torch.get_num_threads(), hurried)
 
 
 @cache
-def _measured(call: Call, device: torch.device, threads: int) -> float | None:
+def _measured(call: Call, device: torch.device, threads: int, hurried: bool) -> float | None:
     with disable_current_modes(), torch.no_grad(), torch.random.fork_rng():
         try:
             args, kwargs = made_up(*call)
@@ -142,7 +147,7 @@ def _measured(call: Call, device: torch.device, threads: int) -> float | None:
             timed(run, device)
             first = timed(run, device)
             count = 1 if device.type == "cpu" else max(1, min(MOST_IN_A_ROW, int(IN_A_ROW_S / max(first, 1e-6))))
-            more = min(MOST_RUNS, int(SPENT_S / max(count * first, 1e-6)))
+            more = 0 if hurried else min(MOST_RUNS, int(SPENT_S / max(count * first, 1e-6)))
             runs = [timed(in_a_row(run, count), device) / count for _ in range(more)]
         except (RuntimeError, ValueError, TypeError, IndexError):
             return None

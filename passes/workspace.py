@@ -28,7 +28,7 @@ from ._torch_compat_inductor import (
 from .graph import Call, Operation
 from .layout import laid_out
 from .sizes import allocated
-from .trials import Like, frozen_call, made_up, may_be_tried
+from .trials import Like, frozen_call, made_up, may_be_tried, shortened
 from .wrapper_memory import ProfileUnknown
 
 
@@ -74,7 +74,7 @@ class Workspaces:
         try:
             if sum(like.bytes for like in likes) > self.limit:
                 raise ProfileUnknown("too large to be tried")
-            return _measure(target, args, kwargs, torch.get_num_threads()) if likes else 0
+            return _measure(target, shortened(target, args), kwargs, torch.get_num_threads()) if likes else 0
         except ProfileUnknown:
             return 0
 

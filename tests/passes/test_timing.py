@@ -106,7 +106,7 @@ def test_without_a_folder_only_large_convolutions_are_timed() -> None:
 
 def test_where_loops_are_fused_images_are_tried_as_they_are_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
-    monkeypatch.setattr(timing, "measured_seconds", lambda call, _: tried.append(call[1]) or float(len(tried)))
+    monkeypatch.setattr(timing, "measured_seconds", lambda call, *_: tried.append(call[1]) or float(len(tried)))
     images = [(432, 1, 72, 12), (432, 36, 6, 1)]  # channels last, as captured
     operation = gradients(12, 6)
     ours = replace(DEVICES["cpu"], fused=True, clock=Clock(fused=True))

@@ -9,8 +9,8 @@ import torch
 
 from moonwalk_compile.passes import workspace
 from moonwalk_compile.passes.graph import Operation
-from moonwalk_compile.passes.trials import frozen_call
-from moonwalk_compile.passes.workspace import Workspaces, watched
+from moonwalk_compile.passes.trials import frozen_call, shortened
+from moonwalk_compile.passes.workspace import Workspaces, measured_workspace, watched
 
 aten = torch.ops.aten
 
@@ -77,3 +77,16 @@ def test_watching_tells_the_peak_and_what_remains() -> None:
 
     result, top, end = watched(run, torch.device("cpu"))
     assert (top, end) == (3000, 1000) and len(result) == 1000
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_what_loops_is_tried_with_few_rounds(scattered: bool) -> None:
+    """They hold as much memory as all, and the call for that stays short."""
+    given = (torch.randn(2, 4, 9, 9), torch.randn(4, 4, 3, 3), [1, 1], [1, 1], [1, 1], 1, [2, 4, 9, 9], scattered)
+    solve = torch.ops.moonwalk_compile.solve_convolution.default
+    assert shortened(solve, (*given, 40))[-1] < 40
+    assert Workspaces().of_call(solve, (*given, 40), {}) == measured_workspace(solve, (*given, 40), {}) > 0
+
+
+def test_only_our_own_operators_are_shortened() -> None:
+    assert shortened(aten.sort.default, (40, 41)) == (40, 41)
