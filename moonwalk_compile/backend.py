@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from .anchor import Anchor
-from .choice import Certificates
+from .choice import Known
 from .errors import BudgetError, CaptureError
 from .inputs import is_real, role_of
 from .options import Options
@@ -165,10 +165,10 @@ class CompiledStep:
         if self._shared(inputs):
             self.current = None  # it holds for nothing else
 
-    def _compile(self, inputs: Sequence[Any], certificates: Any = None, margin: int = 0) -> Callable[..., Any]:
+    def _compile(self, inputs: Sequence[Any], known: Known | None = None, margin: int = 0) -> Callable[..., Any]:
         if self.options.lowering == "inductor" and self.device.name == "cpu":
             warm_up()
-        session = self._session(inputs, certificates or {}, margin)
+        session = self._session(inputs, known or {}, margin)
         compiled = run_autograd(session, self.gm, inputs)
         with disable_current_modes():
             self.trusted = {flat: Trusted.of(inputs[flat]) for flat in session.trusted}
@@ -182,9 +182,9 @@ class CompiledStep:
             self._publish(session.plan)
         return compiled
 
-    def _session(self, inputs: Sequence[Any], certificates: Certificates, margin: int) -> Session:
+    def _session(self, inputs: Sequence[Any], known: Known, margin: int) -> Session:
         given = (self.options, self.device, inputs)
-        return Session(*given, certificates=certificates, margin=margin, on_measured=self._measured)
+        return Session(*given, known=known, margin=margin, on_measured=self._measured)
 
     def __call__(self, *arguments: Any) -> Any:
         if self._shared(arguments):
@@ -244,7 +244,7 @@ class CompiledStep:
         )
         try:
             with disable_current_modes():
-                self.current = self._compile(arguments, self.session.certificates, overshoot)
+                self.current = self._compile(arguments, self.session.known, overshoot)
         except BudgetError:
             if plan.measured_peak_bytes > (1 + SLIGHT) * (plan.budget_bytes or 0):
                 raise
@@ -297,4 +297,4 @@ class CompiledStep:
             stacklevel=3,
         )
         with disable_current_modes():
-            self.current = self._compile(arguments, certificates)
+            self.current = self._compile(arguments, {session.in_parts: certificates})

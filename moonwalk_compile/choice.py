@@ -33,6 +33,7 @@ EASY = 1.02  # of plain's time: of a plan that takes less, no other is looked fo
 BETTER = 0.98  # of the time or the peak of another plan, to be worth a graph of more operations
 
 Certificates = dict[tuple[str, int], Certificate]
+Known = dict[bool, Certificates]  # of the blocks of a graph as it was captured, and of those of the same graph in parts
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,7 @@ class Options:
     def splits(self) -> bool:
         """Whether large tensors may be computed in parts of their rows: sums are then added up in another order.
 
-        Code that Inductor generates is not bitwise eager PyTorch's anyway: there, all strategies include this one. What
-        is split is not inverted.
+        Code that Inductor generates is not bitwise eager PyTorch's anyway: there, all strategies include this one.
         """
         if {"keep", "checkpoint"}.isdisjoint(self.strategies):
             return False

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .choice import Certificates, Chooser, LoweredPlan
+from .choice import Certificates, Chooser, Known, LoweredPlan
 from .describe import OUTPUTS_TODO, describe, spare_output
 from .errors import BudgetError, OptionError, advised
 from .inputs import input_positions, is_real, role_of, written_positions
@@ -62,7 +62,7 @@ class Session:
     device: Device
     example_inputs: Sequence[Any] | None
     lower: bool = True
-    certificates: Certificates = field(default_factory=dict)
+    known: Known = field(default_factory=dict)  # certificates
     plan: Plan | None = None
     forward: Half | None = None
     backward: Half | None = None
@@ -81,6 +81,7 @@ class Session:
     written: frozenset[int] = frozenset()  # the positions of tensors that the step writes to
     region: Region | None = None  # large tensors of the graph whose rows can be computed apart
     in_parts: bool = False  # whether they are
+    invertible: bool = True  # whether rules lead back through any block of the graph as it was captured
     captured: tuple[fx.GraphModule, int] | None = None  # of a session that only plans: the joint graph, forward outputs
 
     # -- AOTAutograd's hooks ---------------------------------------------------------------------------------------
@@ -146,9 +147,11 @@ class Session:
 
     def _in_parts(self, joint: fx.GraphModule, forward_outputs: int) -> Session | None:
         """Another session for the same graph, with its largest tensors in parts."""
+        assert self.planner is not None
         parts = copy.copy(self)
+        parts.invertible = self.planner.inverts
         parts._prepare(joint, forward_outputs, in_parts=True)
-        assert self.planner is not None and parts.planner is not None
+        assert parts.planner is not None
         parts.planner.plain = self.planner.plain
         return parts if parts.in_parts else None
 
@@ -193,8 +196,8 @@ class Session:
 
     @property
     def _strategies(self) -> tuple[str, ...]:
-        """What the planner may use: certificates belong to the blocks of the graph as it was captured."""
-        unfit = {"split", *INVERTED} if self.in_parts else {"split"}
+        """What the planner may use. Rules that lead nowhere are not looked for a second time."""
+        unfit = {"split"} if self.invertible else {"split", *INVERTED}
         return tuple(strategy for strategy in self.options.strategies if strategy not in unfit)
 
     def _facts(self, workspaces: Workspaces | None, freed: frozenset[int] = frozenset()) -> Facts:
@@ -307,11 +310,16 @@ class Session:
 
     # -- certificates ------------------------------------------------------------------------------------------------
 
+    @property
+    def certificates(self) -> Certificates:
+        """Those of the blocks of the graph as it is planned: in parts it has others."""
+        return self.known.get(self.in_parts, {})
+
     def _certificates_of(self, segments: Sequence[Segment]) -> Certificates:
         """Certificates of what a plan inverts, on the example inputs."""
         assert self.example_inputs is not None
         found = self.certify(self.example_inputs, segments)
-        self.certificates = {**self.certificates, **found}
+        self.known = {**self.known, self.in_parts: {**self.certificates, **found}}
         return found
 
     def certify(

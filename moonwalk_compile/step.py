@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from .api import TOO_MANY_SIZES, check_model, first_line, listed, unwrap
 from .backend import ByGradients, CompiledStep
-from .choice import Certificates
+from .choice import Known
 from .errors import CaptureError, MoonwalkError, OptionError, UsageError
 from .options import Options
 from .passes._torch_compat import FailOnRecompileLimitHit, TorchDynamoException, capturing, in_own_frame
@@ -198,18 +198,18 @@ class _CompiledTraining(CompiledStep):
         self.step, self.lower = step, lower
         super().__init__(gm, inputs, step.options.granting(step.granted), step.told)
 
-    def _session(self, inputs: Sequence[Any], certificates: Certificates, margin: int) -> Session:
+    def _session(self, inputs: Sequence[Any], known: Known, margin: int) -> Session:
         return StepSession(
             *(self.options, self.device, inputs, self.lower),
-            certificates=certificates,
+            known=known,
             margin=margin,
             on_measured=self._measured,
             updater=self.step.updater,
             note=CLIPPED if self.step.clip_norm is not None else "",
         )
 
-    def _compile(self, inputs: Sequence[Any], certificates: Any = None, margin: int = 0) -> Callable[..., Any]:
-        compiled = super()._compile(inputs, certificates, margin)
+    def _compile(self, inputs: Sequence[Any], known: Known | None = None, margin: int = 0) -> Callable[..., Any]:
+        compiled = super()._compile(inputs, known, margin)
         if self.session.plan is None:
             what = "the loss does not depend on any parameter that requires a gradient"
             raise UsageError(TITLE, what, "train a model with parameters that require gradients")

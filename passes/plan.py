@@ -100,6 +100,11 @@ class Planner:
     def strategies(self) -> tuple[str, ...]:
         return self.maker.strategies
 
+    @property
+    def inverts(self) -> bool:
+        """Whether any block can be inverted, or walked by moonwalk."""
+        return self.maker.chains.lead_back()
+
     def certify(self, certificates: Mapping[tuple[str, int], Certificate]) -> None:
         """Take measured certificates into account; blocks without one are trusted until they are measured."""
         self.maker.certify(certificates)

@@ -42,6 +42,11 @@ class Chains:
         lengths = (reach(certificates[first:end], self.tolerance) for first, end in enumerate(reversed(ends)))
         return [first + length - 1 if length else -1 for first, length in enumerate(lengths)]
 
+    def lead_back(self) -> bool:
+        """Whether any block can be inverted or walked."""
+        indices = range(len(self.analysis.blocks))
+        return any(self._single(strategy, index) is not None for strategy in self.strategies for index in indices)
+
     def segment(self, strategy: str, first: int, last: int) -> Segment:
         """These blocks inverted, or walked, as one segment."""
         kept: frozenset[int] = frozenset()
