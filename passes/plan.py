@@ -9,11 +9,13 @@ plan that is returned has been emitted and simulated operation by operation, and
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -64,6 +66,23 @@ class Planned:
 Measure = Callable[[Facts, tuple[Segment, ...], Schedule, float], Planned]  # of an emitted plan
 
 
+Answer = TypeVar("Answer")
+
+
+def remembered(method: Callable[..., Answer]) -> Callable[..., Answer]:
+    """The same question, asked again before certificates change, has the same answer."""
+
+    @functools.wraps(method)
+    def ask(self: Planner, *question: Any) -> Answer:
+        key = (method.__name__, *question)
+        if key not in self.answers:
+            self.answers[key] = method(self, *question)
+        answer: Answer = self.answers[key]
+        return answer
+
+    return ask
+
+
 class Planner:
     """Prepares the moves of a step once, then answers for any budget.
 
@@ -86,6 +105,7 @@ class Planner:
         self.later_gradients = [done[-1] - gradients for gradients in done]  # by block: those of all behind it
         self.recomputed: dict[object, list[str]] = {}  # by shape of a segment
         self.costs: dict[object, Cost | None] = {}  # likewise
+        self.answers: dict[object, Any] = {}  # to what was asked since certificates were last measured
         self.base = sum(size for _, size in {self.analysis.charges[v] for v in self.analysis.held})
 
     @property
@@ -117,6 +137,7 @@ class Planner:
     def _forget_moves(self) -> None:
         self.__dict__.pop("moves", None)
         self.__dict__.pop("tables", None)
+        self.answers.clear()
 
     @cached_property
     def moves(self) -> list[list[Move]]:
@@ -319,6 +340,7 @@ class Planner:
     def _all_kept(self) -> tuple[Segment, ...]:
         return tuple(self.maker.keeping.plain(index) for index in range(len(self.analysis.blocks)))
 
+    @remembered
     def within(self, budget: float, plans: int = 8) -> Planned | None:
         """The fastest plan whose *simulated* peak is within `budget`; the modelled budget is moved to get there.
 
@@ -360,6 +382,7 @@ class Planner:
                 target = (enough + short) / 2
         return best
 
+    @remembered
     def smallest(self) -> Planned:
         """The plan of the smallest simulated peak that the family reaches, up to a sliver."""
         target = self._lowest(self.reachable)
@@ -371,6 +394,7 @@ class Planner:
         lowest = min(planned.peak for planned in found)
         return min((p for p in found if p.peak <= lowest * (1 + HARDLY_LARGER)), key=lambda planned: planned.seconds)
 
+    @remembered
     def slowed(self, limit: float) -> Planned:
         """The smallest peak whose predicted step time is at most `limit` seconds."""
         smallest, best = self.smallest(), self.loose

@@ -26,6 +26,7 @@ def planner_of(drawn: list[Layer]) -> Planner:
 def without_nesting(planner: Planner) -> Planner:
     planner.moves = [[move for move in moves if not move.pieces] for moves in planner.moves]
     planner.tables = [planner._table(last, moves) for last, moves in enumerate(planner.moves)]
+    planner.answers.clear()
     return planner
 
 

@@ -259,6 +259,14 @@ def test_a_bad_certificate_forbids_inversion():
     assert not [move for moves in planner.moves for move in moves if move.segment.strategy == "invert"]
 
 
+def test_a_question_is_answered_once_until_certificates_change() -> None:
+    planner = planner_of([Layer(inverse=True)] * 12, tolerance=1e-4)
+    found = planner.smallest()
+    assert planner.smallest() is found and "invert" in {segment.strategy for segment in found.segments}
+    planner.certify(certified(12, Certificate(math.inf, math.inf)))
+    assert "invert" not in {segment.strategy for segment in planner.smallest().segments}
+
+
 def ratios_of_thinned_fronts(seed: int) -> list[float]:
     """The time found with 8 states at each border, against that with 4096, at three budgets."""
     draw, ratios = random.Random(seed), []
