@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .backend import compile_graph, device_of, needs_gradient, run_autograd
 from .errors import BudgetError, CaptureError, MoonwalkError, UsageError
 from .front import CHECKPOINT, Front, points_of, undominated
+from .inputs import Arguments
 from .options import Budget, Options
 from .outputs import Wanted, check_outputs, with_outputs
 from .passes._torch_compat import (
@@ -50,7 +51,7 @@ def moonwalk_compile(
     tolerance: float = 1e-4,
     lowering: str = "inductor",
     profile: str = "model",
-    example_inputs: Sequence[Any] | torch.Tensor | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | torch.Tensor | None = None,
     fullgraph: bool = True,
     outputs: str | int | Iterable[str | int] | None = None,
 ) -> Model:
@@ -68,7 +69,7 @@ def moonwalk_compile(
         lowering: "inductor", or "eager" (ATen kernels; gradients of kept and checkpointed parts bitwise as in eager).
         profile: "model" predicts times by the rates of the device; "measure" times each distinct operation once on it,
             and remembers that on disk.
-        example_inputs: plan now, on inputs like these, instead of at the first call.
+        example_inputs: plan now, on inputs like these, instead of at the first call; a dict gives them by name.
         fullgraph: capture the model as one graph; with False, graph breaks are allowed and each part gets the budget.
         outputs: names or positions of the only outputs that training needs, as in "loss". Calls that record gradients
             return None for the others, and neither they nor gradients for them are held.
@@ -82,7 +83,7 @@ def moonwalk_compile(
     wanted = check_outputs(outputs)
     driver = _Driver(inner, with_outputs(inner._call_impl, wanted), options, fullgraph, {inner, model})
     inner._compiled_call_impl = driver
-    driver.set_plan(None if example_inputs is None else plan_only(inner, listed(example_inputs), options, wanted))
+    driver.set_plan(None if example_inputs is None else plan_only(inner, example_inputs, options, wanted))
     return model
 
 
@@ -90,11 +91,6 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise UsageError("There is no model to compile", f"{kind} was given", "pass a model, an object of nn.Module")
-
-
-def listed(example_inputs: Sequence[Any] | torch.Tensor) -> tuple[Any, ...]:
-    """One tensor need not stand in a list."""
-    return (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
 
 
 class _Driver:
@@ -245,7 +241,7 @@ class _Planned(Exception):
     """Ends a compilation when the plan stands and nothing is to run."""
 
 
-def plan_only(model: nn.Module, inputs: tuple[Any, ...], options: Options, outputs: Wanted | None = None) -> Plan:
+def plan_only(model: nn.Module, inputs: Any, options: Options, outputs: Wanted | None = None) -> Plan:
     """The plan of a training step of `model`, without running it."""
     plan = planned_session(model, inputs, options, outputs=outputs).plan
     assert plan is not None
@@ -254,14 +250,14 @@ def plan_only(model: nn.Module, inputs: tuple[Any, ...], options: Options, outpu
 
 def planned_session(
     model: nn.Module,
-    inputs: tuple[Any, ...],
+    inputs: Any,
     options: Options,
     device: str | None = None,
     outputs: Wanted | None = None,
 ) -> Session:
     """The session in which a training step of `model` was planned; nothing is lowered and nothing runs. Fake models and
-    inputs allocate nothing."""
-    call = with_outputs(model._call_impl, outputs)
+    inputs allocate nothing. `inputs` are what `Arguments.of` takes."""
+    given, call = Arguments.of(inputs), with_outputs(model._call_impl, outputs)
     sessions: list[Session] = []
     tried_out = False
 
@@ -278,7 +274,7 @@ def planned_session(
     while True:
         try:
             with capturing():
-                in_own_frame(call, backend, fullgraph=True)(*inputs)
+                given.call(in_own_frame(call, backend, fullgraph=True))
             break
         except TorchDynamoException as error:
             ours = unwrap(error)
@@ -292,7 +288,7 @@ def planned_session(
                 ) from error
             tried_out = True
             with contextlib.suppress(*NOT_ON_FAKE_TENSORS):
-                try_out(model, call, inputs, {})
+                try_out(model, call, given.args, given.kwargs)
     if not sessions:
         raise CaptureError(
             "There is nothing to plan",
@@ -302,28 +298,28 @@ def planned_session(
     return sessions[-1]
 
 
-Build = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
+Build = Callable[[], tuple[nn.Module, Any]]  # a model and what `Arguments.of` takes
 
 
-def plan_model(build: Build, options: Options, device: str) -> Plan:
+def plan_model(build: Build, options: Options, device: str, outputs: Wanted | None = None) -> Plan:
     """Build a model under fake tensors and plan its training step for the named device; no memory is allocated."""
-    plan = fake_session(build, options, device).plan
+    plan = fake_session(build, options, device, outputs).plan
     assert plan is not None
     return plan
 
 
-def fake_session(build: Build, options: Options, device: str) -> Session:
+def fake_session(build: Build, options: Options, device: str, outputs: Wanted | None = None) -> Session:
     find_device(device)  # measured before fake tensors rule
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, inputs = build()
         model.train()
-        return planned_session(model, tuple(inputs), options, device)
+        return planned_session(model, inputs, options, device, outputs)
 
 
-def model_front(build: Build, options: Options, device: str, count: int) -> Front:
+def model_front(build: Build, options: Options, device: str, outputs: Wanted | None = None, *, count: int) -> Front:
     """The front of `count` plans of a model, captured and analysed once. Raises BudgetError for a budget below it."""
     unbounded = replace(options, budget=Budget(fraction=100))
-    session = fake_session(build, unbounded, device)
+    session = fake_session(build, unbounded, device, outputs)
     assert session.planner is not None
     plain = session.planner.plain
     planners = [planner for planner in (session.planner, session.planner_in_parts) if planner is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import peers
-from .api import first_line, moonwalk_compile, planned_session
+from .api import Build, first_line, moonwalk_compile, planned_session
 from .errors import UsageError
 from .front import checkpoint_by_hand
+from .inputs import Arguments
 from .measure import Comparison, compare_steps, measure_step, time_interleaved
 from .options import Options
 from .passes._torch_compat import tree_flatten
 from .units import format_bytes, format_seconds
 
 TORCH_BUDGETS = (0.5, 0.1)
-Build = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,12 @@ class _Way:
     ratio: float | None = None
 
 
-def scalar_loss(model: nn.Module, *inputs: Any) -> Tensor:
+def scalar_loss(model: nn.Module, *inputs: Any, **named: Any) -> Tensor:
     """The model's own loss if it returns one, else the mean square of all floating-point tensors that it returns."""
-    leaves = [leaf for leaf in tree_flatten(model(*inputs))[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
+    result = model(*inputs, **named)
+    if isinstance(result, Mapping) and isinstance(result.get("loss"), Tensor) and result["loss"].requires_grad:
+        return result["loss"].sum()
+    leaves = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not leaves:
         raise UsageError("Nothing to train", "the model returns nothing that requires a gradient", "return a loss")
     if len(leaves) == 1 and leaves[0].dim() == 0:
@@ -107,15 +110,15 @@ def bench_model(build: Build, options: Options, device: str, repeats: int = 7) -
     torch.manual_seed(0)
     model, inputs = build()
     model = model.to(place).train()
-    inputs = tuple(value.to(place) if isinstance(value, Tensor) else value for value in inputs)
+    given = Arguments.of(inputs).to(place)
     notes: list[str] = []
     ways: list[_Way] = []
     with peers.same_random_numbers(options.lowering):
         with tqdm(desc="compiling", leave=False, disable=None) as bar:
-            for way in _ways(model, inputs, options, notes):
+            for way in _ways(model, given, options, notes):
                 ways.append(way)
                 bar.update()
-        rows = _measured(ways, inputs, place, repeats)
+        rows = _measured(ways, given, place, repeats)
     plan: Any = ways[-1].model.plan
     return Bench(device, options.lowering, rows, plan.budget_bytes, (*notes, *plan.notes))
 
@@ -129,30 +132,30 @@ def _place(device: str) -> torch.device:
     return torch.device("cuda")
 
 
-def _ways(model: nn.Module, inputs: Sequence[Any], options: Options, notes: list[str]) -> Iterator[_Way]:
+def _ways(model: nn.Module, given: Arguments, options: Options, notes: list[str]) -> Iterator[_Way]:
     """Ours comes last. Each has run once, under its own settings."""
-    planner = planned_session(model, tuple(inputs), replace(options, budget=None)).planner
+    planner = planned_session(model, given, replace(options, budget=None)).planner
     assert planner is not None
     graph, expected = planner.analysis.graph, planner.plain
-    if len(graph.output_values) > 1 or any(graph.values[value].shape for value in graph.output_values):
+    if all(graph.values[value].shape for value in graph.output_values):
         notes.append("the loss is outside the model: predictions leave it out")
-    yield _Way("plain", _started(peers.plain(model, options.lowering), inputs), expected.peak, 1.0)
+    yield _Way("plain", _started(peers.plain(model, options.lowering), given), expected.peak, 1.0)
     by_hand, checkpointed = checkpoint_by_hand(planner), peers.checkpointed(model)
     if by_hand is None or checkpointed is None:
         notes.append("no module repeats: nothing to checkpoint by hand")
     else:
         try:
-            trained = _started(peers.compiled(checkpointed, options.lowering), inputs)
+            trained = _started(peers.compiled(checkpointed, options.lowering), given)
         except Exception as error:
             notes.append(f"checkpoint runs uncompiled; compiled: {first_line(error)}")
             fallback = peers.checkpointed(model)
             assert fallback is not None
-            trained = _started(fallback, inputs)
+            trained = _started(fallback, given)
         yield _Way("each block checkpointed", trained, by_hand.peak, by_hand.seconds / expected.seconds)
     for part in TORCH_BUDGETS:
         try:
             with peers.torch_budget(part):
-                trained = _started(peers.under_torch_budget(model, options.lowering), inputs)
+                trained = _started(peers.under_torch_budget(model, options.lowering), given)
         except Exception as error:
             notes.append(f"torch's budget {part} does not run: {first_line(error)}")
         else:
@@ -162,23 +165,26 @@ def _ways(model: nn.Module, inputs: Sequence[Any], options: Options, notes: list
         budget=options.budget,  # type: ignore[arg-type]
         **{name: getattr(options, name) for name in ("max_slowdown", "strategies", "tolerance", "lowering", "profile")},
     )
-    plan: Any = _started(ours, inputs).plan
+    plan: Any = _started(ours, given).plan
     if plan is None:
         raise UsageError("Nothing to compare", "the model could not be compiled", "see the warning above")
     yield _Way("moonwalk", ours, plan.peak_bytes, plan.time_s / plan.plain_time_s)
 
 
-def _started(model: nn.Module, inputs: Sequence[Any]) -> nn.Module:
-    scalar_loss(model, *inputs).backward()
+def _started(model: nn.Module, given: Arguments) -> nn.Module:
+    scalar_loss(model, *given.args, **given.kwargs).backward()
     model.zero_grad(set_to_none=True)
     return model
 
 
-def _measured(ways: Sequence[_Way], inputs: Sequence[Any], place: torch.device, repeats: int) -> tuple[Row, ...]:
+def _measured(ways: Sequence[_Way], given: Arguments, place: torch.device, repeats: int) -> tuple[Row, ...]:
+    def loss(model: nn.Module, *args: Any) -> Tensor:
+        return scalar_loss(model, *args, **given.kwargs)
+
     def step_of(model: nn.Module) -> Callable[[], None]:
         def step() -> None:
             model.zero_grad(set_to_none=True)
-            scalar_loss(model, *inputs).backward()
+            loss(model, *given.args).backward()
 
         return step
 
@@ -190,7 +196,7 @@ def _measured(ways: Sequence[_Way], inputs: Sequence[Any], place: torch.device, 
             steps[way.name]()
         way.model.zero_grad(set_to_none=True)
         peaks[way.name] = measure_step(steps[way.name], device=place).peak_bytes
-        errors[way.name] = compare_steps(way.model, ways[0].model, scalar_loss, inputs)
+        errors[way.name] = compare_steps(way.model, ways[0].model, loss, given.args)
     times = time_interleaved(steps, repeats=repeats, device=place)
     return tuple(
         Row(

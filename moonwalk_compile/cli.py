@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from .errors import BudgetError, MoonwalkError, UsageError
 from .options import LOWERINGS, ON_REQUEST, PROFILES, STRATEGIES, Options, nearest
+from .outputs import Wanted, check_outputs
 from .passes.cost import DEVICES
 from .plot import check_plot_path
 from .targets import load_target, parse_spec
@@ -77,8 +78,14 @@ def _add_goal(parser: argparse.ArgumentParser) -> None:
     goal.add_argument("--max-slowdown", metavar="R", type=float, help=slowdown)
 
 
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    wanted = "the outputs that training needs, by name or position, with commas between (default all)"
+    parser.add_argument("--outputs", metavar="A,B", help=wanted)
+
+
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_goal(parser)
+    _add_outputs(parser)
     _add_common(parser, "draw live memory over the step")
     parser.set_defaults(run=_plan)
 
@@ -86,6 +93,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _add_pareto(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--points", metavar="N", type=int, default=12, help="plans to make (default 12)")
     parser.add_argument("--budget", metavar="B", help=f"mark the plan of a {BUDGET_HELP}")
+    _add_outputs(parser)
     _add_common(parser, "draw peak against time")
     parser.set_defaults(run=_pareto, max_slowdown=None)
 
@@ -100,7 +108,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 def _add_common(parser: argparse.ArgumentParser, drawing: str) -> None:
     add = parser.add_argument
     add("target", metavar="TARGET", help="package.module:callable or path/to/file.py:callable")
-    spec = "an input, as f32[8,3,224,224] or i64[4,128]<50257; once for each"
+    spec = "an input, as f32[8,3,224,224], or by name, as labels=i64[4,128]<50257; once for each"
     add("--input", metavar="SPEC", action="append", default=[], help=spec)
     add(
         "--strategies",
@@ -130,7 +138,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from .api import plan_model
 
-    return _report(arguments, _options(arguments), plan_model)
+    return _report(arguments, _options(arguments), functools.partial(plan_model, outputs=_outputs(arguments)))
 
 
 def _pareto(arguments: argparse.Namespace) -> int:
@@ -138,7 +146,8 @@ def _pareto(arguments: argparse.Namespace) -> int:
 
     if arguments.points < 2:
         raise UsageError("Wrong usage", f"--points {arguments.points} makes no front", "ask for at least 2 points")
-    return _report(arguments, _options(arguments), functools.partial(model_front, count=arguments.points))
+    make = functools.partial(model_front, outputs=_outputs(arguments), count=arguments.points)
+    return _report(arguments, _options(arguments), make)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -172,6 +181,14 @@ def _options(arguments: argparse.Namespace) -> Options:
     names = ("budget", "max_slowdown", "strategies", "lowering", "profile")
     given = {name: getattr(arguments, name) for name in names}
     return Options.from_mapping({name: value for name, value in given.items() if value is not None})
+
+
+def _outputs(arguments: argparse.Namespace) -> Wanted | None:
+    """Numbers are positions."""
+    if arguments.outputs is None:
+        return None
+    names = [name.strip() for name in arguments.outputs.split(",")]
+    return check_outputs([int(name) if name.isdecimal() else name for name in names if name])
 
 
 def _check_device(name: str) -> None:

@@ -1,15 +1,43 @@
-"""The inputs of a captured graph: what they are to the user, and where they stand."""
+"""What a model is called with, and the inputs of its captured graph: what they are to the user, where they stand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .passes._torch_compat import FakeTensor, InputMutationAOTOutput, PlainAOTInput
+from .passes._torch_compat import FakeTensor, InputMutationAOTOutput, PlainAOTInput, tree_map
 from .passes.graph import Role
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of a call, by position and by name."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Any) -> Arguments:
+        """A mapping names them; one tensor need not stand in a list."""
+        if isinstance(given, Arguments):
+            return given
+        if isinstance(given, Mapping):
+            return cls((), dict(given))
+        return cls((given,) if isinstance(given, Tensor) else tuple(given))
+
+    def call(self, function: Callable[..., Any]) -> Any:
+        return function(*self.args, **self.kwargs)
+
+    def to(self, device: torch.device) -> Arguments:
+        moved = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (self.args, self.kwargs))
+        return Arguments(*moved)
+
+    def __bool__(self) -> bool:
+        return bool(self.args or self.kwargs)
 
 
 def role_of(value: Any) -> Role:

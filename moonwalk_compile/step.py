@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from .api import TOO_MANY_SIZES, check_model, first_line, listed, unwrap
+from .api import TOO_MANY_SIZES, check_model, first_line, unwrap
 from .backend import ByGradients, CompiledStep
 from .choice import Known
 from .errors import CaptureError, MoonwalkError, OptionError, UsageError
+from .inputs import Arguments
 from .options import Options
 from .passes._torch_compat import FailOnRecompileLimitHit, TorchDynamoException, capturing, in_own_frame
 from .replay import try_out
@@ -68,7 +69,7 @@ def training_step(
     options = Options(budget, max_slowdown, strategies, tolerance, lowering, profile)  # type: ignore[arg-type]
     step = TrainingStep(model, loss_fn, optimizer, options, clip_norm)
     if example_inputs is not None:
-        step.prepare(*listed(example_inputs))
+        Arguments.of(example_inputs).call(step.prepare)
     return step
 
 

@@ -8,7 +8,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .errors import UsageError
+from .inputs import Arguments
 from .options import nearest
 from .usercode import reporting_user_code
 
@@ -33,18 +34,25 @@ DTYPES = {
     "u8": torch.uint8,
     "bool": torch.bool,
 }
-_SPEC = re.compile(r"(?P<dtype>\w+)\[(?P<shape>[^\[\]]*)\](?:<(?P<high>[0-9]{1,20}))?", re.ASCII)
-_SPEC_TODO = "write a dtype and a shape, as in f32[8,3,224,224], or i64[4,128]<50257 for integers below 50257"
+_SPEC = re.compile(
+    r"(?:(?P<name>[^\W\d]\w*)=)?(?P<dtype>\w+)\[(?P<shape>[^\[\]]*)\](?:<(?P<high>[0-9]{1,20}))?", re.ASCII
+)
+_SPEC_TODO = (
+    "write a dtype and a shape, as in f32[8,3,224,224], or i64[4,128]<50257 for integers below 50257; "
+    "in front of it, a name for an argument by name, as in labels=i64[4,128]<50257"
+)
 _TARGET_TODO = "write package.module:callable or path/to/file.py:callable"
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """A tensor to make: its dtype, its shape and, for integers, the bound that all values stay below."""
+    """A tensor to make: its dtype, its shape, for integers the bound that all values stay below; and the argument that
+    it is for, where that is named."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     high: int | None = None
+    name: str | None = None
 
     def make(self, generator: torch.Generator | None = None) -> torch.Tensor:
         """Normal values for floats, uniform ones in [0, high) for integers and bools (high is 2 if not given)."""
@@ -62,7 +70,8 @@ def parse_spec(text: str) -> InputSpec:
     if dtype is None:
         problem = f"has the unknown dtype {match['dtype']!r}{nearest(match['dtype'], DTYPES)}"
         raise _bad_spec(text, problem, f"use one of {', '.join(DTYPES)}")
-    return InputSpec(dtype, _parse_shape(text, match["shape"], dtype), _parse_high(text, match["high"], dtype))
+    shape, high = _parse_shape(text, match["shape"], dtype), _parse_high(text, match["high"], dtype)
+    return InputSpec(dtype, shape, high, match["name"])
 
 
 def _parse_shape(text: str, shape: str, dtype: torch.dtype) -> tuple[int, ...]:
@@ -98,39 +107,36 @@ class Target:
     text: str
     value: Any
 
-    def build(self, specs: Sequence[InputSpec] = ()) -> tuple[nn.Module, tuple[Any, ...]]:
+    def build(self, specs: Sequence[InputSpec] = ()) -> tuple[nn.Module, Arguments]:
         """The model and its example inputs, those of `specs` if there are any.
 
         Call it under FakeTensorMode to allocate nothing. Raises UsageError if there is no model or no input.
         """
         model, inputs = self._model_and_inputs()
         if specs:
-            inputs = tuple(spec.make() for spec in specs)
+            by_position = tuple(spec.make() for spec in specs if spec.name is None)
+            inputs = Arguments(by_position, {spec.name: spec.make() for spec in specs if spec.name is not None})
         if not inputs:
             todo = "describe the inputs with --input, as in --input 'f32[8,3,224,224]', or return (model, inputs)"
             raise UsageError("No example input", f"{self.text} gives a model without inputs", todo)
         return model, inputs
 
-    def _model_and_inputs(self) -> tuple[nn.Module, tuple[Any, ...]]:
+    def _model_and_inputs(self) -> tuple[nn.Module, Arguments]:
         if isinstance(self.value, nn.Module):
-            return self.value, ()
+            return self.value, Arguments()
         with reporting_user_code(f"calling {self.text}", self.text):
             result = self.value()
         if isinstance(result, nn.Module):
-            return result, ()
+            return result, Arguments()
         if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], nn.Module):
-            return result[0], self._as_tuple(result[1])
+            if not isinstance(result[1], (tuple, list, Mapping, torch.Tensor)):
+                raise self._bad_result(f"example inputs as a {_describe(result[1])}")
+            return result[0], Arguments.of(result[1])
         raise self._bad_result(f"a {_describe(result)}")
 
-    def _as_tuple(self, inputs: Any) -> tuple[Any, ...]:
-        if isinstance(inputs, (tuple, list)):
-            return tuple(inputs)
-        if isinstance(inputs, torch.Tensor):
-            return (inputs,)
-        raise self._bad_result(f"example inputs as a {_describe(inputs)}")
-
     def _bad_result(self, got: str) -> UsageError:
-        todo = "return a torch.nn.Module, or (model, inputs) where inputs is a tensor or a tuple of them"
+        kinds = "a tensor, a tuple of them, or a dict of arguments by name"
+        todo = f"return a torch.nn.Module, or (model, inputs) where inputs is {kinds}"
         return UsageError("Not a model", f"{self.text} returned {got}", todo)
 
 

@@ -14,6 +14,7 @@ from moonwalk_compile import peers
 from moonwalk_compile.bench import Bench, _ways, bench_model, scalar_loss
 from moonwalk_compile.cli import main
 from moonwalk_compile.errors import UsageError
+from moonwalk_compile.inputs import Arguments
 from moonwalk_compile.measure import gradient_error, gradients
 from moonwalk_compile.options import Options, parse_bytes
 
@@ -73,13 +74,13 @@ def test_the_command_measures_every_way(target: str, tmp_path: Path, capsys: pyt
 
 def test_every_way_keeps_the_settings_that_it_was_compiled_under() -> None:
     """Compiled again, torch's budgets would be those of the moment."""
-    inputs = (torch.randn(4, 8),)
-    ways = list(_ways(Two(), inputs, Options(parse_bytes("100%"), lowering="eager"), []))
+    given = Arguments((torch.randn(4, 8),))
+    ways = list(_ways(Two(), given, Options(parse_bytes("100%"), lowering="eager"), []))
     assert {"torch's budget 0.5", "torch's budget 0.1"} < {way.name for way in ways}
     compiled = counters["stats"]["unique_graphs"]
     assert compiled
     for way in ways:
-        scalar_loss(way.model, *inputs).backward()
+        scalar_loss(way.model, *given.args).backward()
     assert counters["stats"]["unique_graphs"] == compiled
 
 
@@ -132,6 +133,25 @@ def test_a_checkpointed_copy_has_the_same_gradients_and_leaves_the_model_alone()
     for network in (copied, model):
         network(x).sum().backward()
     assert gradient_error(gradients(copied), gradients(model)) == 0
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.two = Two()
+
+    def forward(self, x: Tensor, *, target: Tensor) -> dict[str, Tensor]:
+        result = self.two(x)
+        return {"result": result, "loss": (result - target).square().mean()}
+
+
+def test_a_model_called_by_name_is_measured_by_its_loss() -> None:
+    named = {"x": torch.randn(4, 8), "target": torch.randn(4, 8)}
+    model = Named()
+    assert torch.equal(scalar_loss(model, **named), model(**named)["loss"])
+    found = bench_model(lambda: (model, named), Options(parse_bytes("100%"), lowering="eager"), "cpu", repeats=1)
+    ours = found.rows[-1]
+    assert ours.name == "moonwalk" and ours.gradient_error == 0.0
 
 
 def test_the_loss_is_the_models_own_or_a_mean_square() -> None:

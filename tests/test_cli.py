@@ -61,6 +61,17 @@ def with_list():
 def with_dict():
     return Net(), {"x": torch.randn(4, 3)}
 
+def with_number():
+    return Net(), 3
+
+class Labelled(Net):
+    def forward(self, x, scale=1.0, labels=None):
+        logits = self.linear(x * scale)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+def by_name():
+    return Labelled(), {"labels": torch.zeros(4, dtype=torch.int64), "x": torch.randn(4, 3)}
+
 def with_nothing():
     return Net(), ()
 
@@ -104,12 +115,13 @@ class Planner:
         self.answer: Plan | Exception = PLAN
         self.forward = False
 
-    def __call__(self, build, options, device):
+    def __call__(self, build, options, device, outputs=None):
         with FakeTensorMode(allow_non_fake_inputs=True):
-            self.model, self.inputs = build()
+            self.model, given = build()
+            self.inputs, self.named = given.args, given.kwargs
             if self.forward:
                 torch.compile(self.model, backend="eager", fullgraph=True)(*self.inputs)
-        self.options, self.device = options, device
+        self.options, self.device, self.outputs = options, device, outputs
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -139,6 +151,7 @@ SPECS = {
     "f64[]": InputSpec(torch.float64, ()),
     "bool[5]": InputSpec(torch.bool, (5,)),
     "u8[2]<255": InputSpec(torch.uint8, (2,), 255),
+    "labels=i64[4]<9": InputSpec(torch.int64, (4,), 9, "labels"),
 }
 
 
@@ -166,6 +179,7 @@ BAD_SPECS = [
     *("", "f32", "[3]", "f32[3", "f32 3]", "f32(3)", "f32[3]]", "f32[[3]]", "f32[3,]", "f32[,3]", "f32[3,,3]"),
     *("f32[-1]", "f32[0]", "f32[1.5]", "f32[a]", "f32[3 3]", "f32[\u0663]", "float32[3]", "F32[3]", "i128[3]"),
     *("f32[3]<5", "bool[3]<2", "i64[3]<", "i64[3]<0", "i64[3]<-1", "i64[3]<x", "i64[3]>5", "i8[3]<128"),
+    *("=f32[3]", "3=f32[3]", "a b=f32[3]", "a=b=f32[3]", "a=", "a=f32"),
     *("i64[3]<99999999999999999999", "f32[99999999999,99999999999]", "f32[99999999999999999999]"),
 ]
 
@@ -197,6 +211,31 @@ def test_input_specs_replace_example_inputs(models, planner, name):
     assert main(["plan", f"{models}:{name}", "--input", "f32[5,3]", "--input", "i64[2]<9"]) == 0
     assert isinstance(planner.model, torch.nn.Module)
     assert [(x.dtype, tuple(x.shape)) for x in planner.inputs] == [(torch.float32, (5, 3)), (torch.int64, (2,))]
+
+
+def test_inputs_by_name(models, planner):
+    assert main(["plan", f"{models}:with_dict"]) == 0
+    assert planner.inputs == () and tuple(planner.named["x"].shape) == (4, 3)
+    assert main(["plan", f"{models}:by_name", "--input", "f32[5,3]", "--input", "labels=i64[5]<2"]) == 0
+    assert [tuple(x.shape) for x in planner.inputs] == [(5, 3)]
+    assert {name: tuple(x.shape) for name, x in planner.named.items()} == {"labels": (5,)}
+
+
+def test_outputs_by_name_and_position(models, planner):
+    assert main(["plan", f"{models}:by_name"]) == 0 and planner.outputs is None
+    assert main(["plan", f"{models}:by_name", "--outputs", "loss, 1"]) == 0
+    assert planner.outputs == ("loss", 1)
+
+
+@pytest.mark.parametrize("command", ["plan", "pareto"])
+def test_a_model_called_by_name_is_planned_for_its_loss(models, command, capsys):
+    target = [command, f"{models}:by_name", "--lowering", "eager", "--json"]
+    plain = []
+    for outputs in ([], ["--outputs", "loss"]):
+        assert main([*target, *outputs]) == 0
+        plain.append(json.loads(capsys.readouterr().out)["plain_peak_bytes"])
+    assert plain[1] < plain[0]
+    assert "'los' is not among 'loss', 'logits'" in failing(capsys, *target[:2], "--outputs", "los")
 
 
 def test_nothing_is_allocated(models, planner, capsys):
@@ -280,7 +319,7 @@ BAD_TARGETS = {
     "models.py:a_string": "returned a str",
     "models.py:a_triple": "tuple of Net, FakeTensor, int",
     "models.py:nothing": "returned a NoneType",
-    "models.py:with_dict": "example inputs as a dict",
+    "models.py:with_number": "example inputs as a int",
     "models.py:with_nothing": "--input",
     "models.py:Net": "--input",
     "models.py:instance": "--input",
