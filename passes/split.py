@@ -25,14 +25,16 @@ aten = torch.ops.aten
 
 PRODUCTS = frozenset([aten.mm.default, aten.addmm.default])
 MOST_PARTS = 64
-WORTH = 4  # parts: where tensors beside the region are half as large, other ways of saving memory do as well
+FEWEST_PARTS = 4
+WORTH = 2  # times the largest tensor beside the region: otherwise other ways of saving memory do as well
 
 
 @dataclass(frozen=True)
 class Region:
     """Operations on large tensors whose `rows` can be computed apart, in the order of the graph.
 
-    `parts` is how many parts make its tensors as small as the largest tensor beside them.
+    `parts` is how many parts make its tensors as small as the largest tensor beside them, or a few more: several are
+    alive at once.
     """
 
     rows: int
@@ -98,10 +100,12 @@ def _counts(seed: fx.Node) -> list[int]:
 
 def _parts(rows: int, largest: int, sizes: Mapping[fx.Node, int], members: set[fx.Node]) -> int:
     others = (size for node, size in sizes.items() if node.op == "call_function" and node not in members)
-    beside, parts = max(others, default=1), 1
-    while parts < MOST_PARTS and largest > parts * beside and rows % (2 * parts) == 0:
+    ratio, parts = largest / max(others, default=1), 1
+    if ratio < WORTH:
+        return 1
+    while parts < min(max(ratio, FEWEST_PARTS), MOST_PARTS) and rows % (2 * parts) == 0:
         parts *= 2
-    return parts if parts >= WORTH else 1
+    return parts if parts >= FEWEST_PARTS else 1
 
 
 Grown = tuple[dict[fx.Node, Rows], dict[fx.Node, Treated], set[fx.Node]]

@@ -279,6 +279,15 @@ def test_results_stay_bitwise_where_that_was_promised() -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+def test_logits_twice_as_large_as_a_gradient_are_split() -> None:
+    """Several of them are alive at once, so four parts are worth it; not where they are as large."""
+    for rows, splits in ((32, True), (16, False)):
+        data = tokens().flatten()[:rows].reshape(2, -1)
+        ours = moonwalk_compile(Model(), lowering="eager", strategies=ALL, max_slowdown=3, example_inputs=(data,))
+        assert any("in 4 parts" in note for note in ours.plan.notes) == splits
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_budget_that_is_met_anyway_changes_nothing() -> None:
     ours = moonwalk_compile(Model(), budget="100%", lowering="eager", strategies=ALL)
     assert compare_steps(ours, Model(), loss, (tokens(),)).exact
