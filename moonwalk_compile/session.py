@@ -174,7 +174,7 @@ class Session:
         inputs, options = self.example_inputs or (), self.options
         places = input_positions(joint)
         roles = {primal: role_of(inputs[flat]) for primal, flat in places.items() if flat < len(inputs)}
-        self.in_parts = in_parts
+        self.in_parts, self.invertible = in_parts, self.invertible or not in_parts
         capture = read_joint(joint, forward_outputs, self.device, roles, partial(self._rewritten, forward_outputs))
         self.positions = {capture.graph.primals[primal]: flat for primal, flat in places.items()}
         self.written = written_positions(joint, capture.graph.mutated, self.positions, inputs)
