@@ -316,7 +316,7 @@ def fake_session(build: Build, options: Options, device: str, outputs: Wanted | 
         return planned_session(model, inputs, options, device, outputs)
 
 
-def model_front(build: Build, options: Options, device: str, outputs: Wanted | None = None, *, count: int) -> Front:
+def model_front(build: Build, options: Options, device: str, count: int, outputs: Wanted | None = None) -> Front:
     """The front of `count` plans of a model, captured and analysed once. Raises BudgetError for a budget below it."""
     unbounded = replace(options, budget=Budget(fraction=100))
     session = fake_session(build, unbounded, device, outputs)
