@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tabulate import tabulate
@@ -171,20 +172,21 @@ def _ways(model: nn.Module, given: Arguments, options: Options, notes: list[str]
     yield _Way("moonwalk", ours, plan.peak_bytes, plan.time_s / plan.plain_time_s)
 
 
+def _loss(model: nn.Module, given: Arguments) -> Tensor:
+    return cast(Tensor, given.call(functools.partial(scalar_loss, model)))
+
+
 def _started(model: nn.Module, given: Arguments) -> nn.Module:
-    scalar_loss(model, *given.args, **given.kwargs).backward()
+    _loss(model, given).backward()
     model.zero_grad(set_to_none=True)
     return model
 
 
 def _measured(ways: Sequence[_Way], given: Arguments, place: torch.device, repeats: int) -> tuple[Row, ...]:
-    def loss(model: nn.Module, *args: Any) -> Tensor:
-        return scalar_loss(model, *args, **given.kwargs)
-
     def step_of(model: nn.Module) -> Callable[[], None]:
         def step() -> None:
             model.zero_grad(set_to_none=True)
-            loss(model, *given.args).backward()
+            _loss(model, given).backward()
 
         return step
 
@@ -196,7 +198,7 @@ def _measured(ways: Sequence[_Way], given: Arguments, place: torch.device, repea
             steps[way.name]()
         way.model.zero_grad(set_to_none=True)
         peaks[way.name] = measure_step(steps[way.name], device=place).peak_bytes
-        errors[way.name] = compare_steps(way.model, ways[0].model, loss, given.args)
+        errors[way.name] = compare_steps(way.model, ways[0].model, _loss, [given])
     times = time_interleaved(steps, repeats=repeats, device=place)
     return tuple(
         Row(

@@ -81,6 +81,14 @@ def loss_of(form: str, result: Any) -> Tensor:
     return found
 
 
+def logits_of(form: str, result: Any) -> Tensor | None:
+    if form in ("tuple", "list"):
+        found = result[1]
+    else:
+        found = result.get("logits") if isinstance(result, dict) else result.logits
+    return found
+
+
 def batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(64, 8, generator=generator), torch.randint(0, 512, (64,), generator=generator)
@@ -98,8 +106,7 @@ def test_the_kind_of_result_stays_and_the_gradients_too(form: str) -> None:
     eager(model, outputs=0 if form in ("tuple", "list") else "loss")
     expected, result = plain(*batch()), model(*batch())
     assert type(result) is type(expected)
-    other = result[1] if form in ("tuple", "list", "namedtuple") else getattr(result, "logits", None)
-    assert other is None
+    assert logits_of(form, expected) is not None and logits_of(form, result) is None
     loss_of(form, expected).backward()
     loss_of(form, result).backward()
     assert gradient_error(gradients(model), gradients(plain)) == 0
