@@ -57,6 +57,11 @@ def only(result: Any, wanted: Wanted) -> Any:
     return made(*entries.values()) if hasattr(result, "_fields") else made(entries.values())
 
 
+def loss_in(result: Any) -> Any:
+    """The loss of a model that returns one beside other things, else what it returned."""
+    return _entries(result).get("loss", result)
+
+
 def _entries(result: Any) -> dict[str | int, Any]:
     """What a model returned, by name or position."""
     if isinstance(result, Mapping):

@@ -6,7 +6,7 @@ activations, and with `moonwalk` or `invert` hardly anything of these is left ei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .choice import Known
 from .errors import CaptureError, MoonwalkError, OptionError, UsageError
 from .inputs import Arguments
 from .options import Options
+from .outputs import loss_in
 from .passes._torch_compat import FailOnRecompileLimitHit, TorchDynamoException, capturing, in_own_frame
 from .replay import try_out
 from .report import Plan
@@ -44,12 +45,13 @@ def training_step(
     lowering: str = "inductor",
     profile: str = "model",
     clip_norm: float | None = None,
-    example_inputs: Sequence[Any] | Tensor | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor | None = None,
 ) -> TrainingStep:
     """A function `step(*inputs)` that trains `model` by one step and returns the loss, detached.
 
-    The loss is `loss_fn(model(*inputs[:-1]), inputs[-1])`, or `model(*inputs)` without a `loss_fn`; it must be one
-    floating-point number. The model itself stays as it is.
+    The loss is `loss_fn(model(*inputs[:-1]), inputs[-1])`; without a `loss_fn` it is `model(*inputs)`, or the entry
+    "loss" of what that returns. It must be one floating-point number. Arguments by name are the model's, as in
+    `step(input_ids=ids, labels=ids)`. The model itself stays as it is.
 
     Args:
         optimizer: with one, the step leaves behind what `loss.backward(); optimizer.step(); optimizer.zero_grad()`
@@ -61,7 +63,7 @@ def training_step(
         budget, max_slowdown, strategies, tolerance, profile: as for `moonwalk_compile`. The peak of a step with an
             optimizer includes what its updates hold meanwhile, but not the optimizer's state.
         lowering: "inductor" (the blocks are compiled, the updates are calls between them), or "eager".
-        example_inputs: plan now, on inputs like these, instead of at the first call.
+        example_inputs: plan now, on inputs like these, instead of at the first call; a dict gives them by name.
 
     Raises UsageError for an optimizer that cannot update parameters one at a time, OptionError for a bad option; when
     it plans, BudgetError for a budget that cannot be met and CaptureError for a model that cannot be captured.
@@ -100,21 +102,21 @@ class TrainingStep:
         self._key: object = None
         self._compiled: Callable[..., Tensor] | None = None
 
-    def __call__(self, *inputs: Any) -> Tensor:
+    def __call__(self, *inputs: Any, **named: Any) -> Tensor:
         compiled = self._current()
         if self.updater is not None:
             self.updater.check()
         with torch.enable_grad():
-            loss = self._guarded(compiled, inputs)
+            loss = self._guarded(compiled, Arguments(inputs, named))
             loss.backward()  # hands on the gradients that are left
         self._finish()
         return loss.detach()
 
-    def prepare(self, *inputs: Any) -> Plan:
+    def prepare(self, *inputs: Any, **named: Any) -> Plan:
         """Plan a step on inputs like these; nothing is run, and the first call plans again on its own inputs."""
         try:
             with torch.enable_grad():
-                self._guarded(self._capture(lower=False), inputs)
+                self._guarded(self._capture(lower=False), Arguments(inputs, named))
         except PlanOnly as planned:
             self.told(planned.plan)
         assert self.plan is not None
@@ -135,23 +137,24 @@ class TrainingStep:
         return self._compiled
 
     def _capture(self, lower: bool) -> Callable[..., Tensor]:
-        def loss_of(*inputs: Any) -> Tensor:
-            return self._loss(*inputs).clone()  # in memory of its own: not a view of a parameter that is updated
+        def loss_of(*inputs: Any, **named: Any) -> Tensor:
+            loss = self._loss(*inputs, **named)
+            return loss.clone()  # in memory of its own: not a view of a parameter that is updated
 
         def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             return ByGradients(lambda inputs: _CompiledTraining(gm, inputs, self, lower), example_inputs)
 
         return in_own_frame(loss_of, backend, fullgraph=True)
 
-    def _loss(self, *inputs: Any) -> Tensor:
+    def _loss(self, *inputs: Any, **named: Any) -> Tensor:
         if self.loss_fn is None:
-            return self.model(*inputs)
-        return self.loss_fn(self.model(*inputs[:-1]), inputs[-1])
+            return loss_in(self.model(*inputs, **named))
+        return self.loss_fn(self.model(*inputs[:-1], **named), inputs[-1])
 
-    def _guarded(self, compiled: Callable[..., Tensor], inputs: Sequence[Any], tried_out: bool = False) -> Tensor:
+    def _guarded(self, compiled: Callable[..., Tensor], given: Arguments, tried_out: bool = False) -> Tensor:
         try:
             with capturing():
-                return compiled(*inputs)
+                return given.call(compiled)
         except FailOnRecompileLimitHit as error:
             todo = "pad the inputs to fewer different sizes"
             raise CaptureError("The step could not be compiled", TOO_MANY_SIZES, todo) from error
@@ -160,8 +163,8 @@ class TrainingStep:
             if isinstance(ours, (MoonwalkError, PlanOnly)):
                 raise ours from None
             if not tried_out:  # a model that sets itself up in its first call can be captured then
-                try_out(self.model, self._loss, inputs, {})
-                return self._guarded(compiled, inputs, tried_out=True)
+                try_out(self.model, self._loss, given.args, given.kwargs)
+                return self._guarded(compiled, given, tried_out=True)
             todo = "change what is named above; a single step needs a model that is one graph"
             raise CaptureError("The step could not be captured as one graph", first_line(ours), todo) from error
 

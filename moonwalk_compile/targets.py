@@ -114,6 +114,10 @@ class Target:
         """
         model, inputs = self._model_and_inputs()
         if specs:
+            names = [spec.name for spec in specs if spec.name is not None]
+            if len(names) > len({*names}):
+                twice = max(names, key=names.count)
+                raise UsageError("Bad input spec", f"{twice!r} is given twice", "describe each input once")
             by_position = tuple(spec.make() for spec in specs if spec.name is None)
             inputs = Arguments(by_position, {spec.name: spec.make() for spec in specs if spec.name is not None})
         if not inputs:

@@ -353,6 +353,7 @@ BAD_ARGUMENTS = {
     "bad profile": (["plan", "{}", "--profile", "measured"], 'did you mean "measure"'),
     "no repeats": (["bench", "{}", "--repeats", "0"], "at least 1"),
     "bad spec": (["plan", "{}", "--input", "f32[0]"], "'0'"),
+    "named twice": (["plan", "{}", "--input", "x=f32[5,3]", "--input", "x=f32[4,3]"], "'x' is given twice"),
     "bad plot": (["plan", "{}", "--plot", "plan.jpeg"], ".png"),
     "plot nowhere": (["plan", "{}", "--plot", "no/such/plan.png"], "no folder"),
     "demo with argument": (["demo", "3"], "3"),

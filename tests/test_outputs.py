@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moonwalk_compile import BudgetError, OptionError, UsageError, moonwalk_compile
+from moonwalk_compile import BudgetError, OptionError, UsageError, moonwalk_compile, training_step
 from moonwalk_compile.measure import gradient_error, gradients
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -125,6 +125,35 @@ def test_neither_the_output_nor_a_gradient_for_it_is_held() -> None:
         assert plan.measured_peak_bytes == pytest.approx(plan.peak_bytes, abs=4096)
         peaks.append(plan.measured_peak_bytes)
     assert peaks[0] - peaks[1] >= 2 * logits - 4096
+
+
+@pytest.mark.parametrize("form", ["dict", "dataclass", "mapped", "namedtuple"])
+def test_a_training_step_takes_the_loss_and_arguments_by_name(form: str) -> None:
+    """Without a loss function the loss is the one that the model returns; the logits are no output of the step."""
+    plain, model = both(form)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, foreach=False) for m in (plain, model)]
+    x, labels = batch()
+    named = {"labels": labels, "x": x}
+    step = training_step(model, optimizer=optimizers[1], lowering="eager", example_inputs=named)
+    assert step.plan is not None
+    for _ in range(3):
+        expected = loss_of(form, plain(**named))
+        expected.backward()
+        optimizers[0].step(), optimizers[0].zero_grad()
+        assert step(**named).equal(expected.detach())
+    assert step.plan.measured_peak_bytes == pytest.approx(step.plan.peak_bytes, abs=4096)
+    assert step(x, labels=labels).equal(loss_of(form, plain(**named)))
+
+
+def test_arguments_by_name_are_the_models_where_the_loss_is_another_function() -> None:
+    plain, model = both()
+    x, labels = batch()
+    step = training_step(model, lambda result, scale: result["loss"] * scale, lowering="eager")
+    scale = torch.tensor(3.0)
+    loss = step(x, scale, labels=labels)
+    expected = plain(x, labels)["loss"] * scale
+    expected.backward()
+    assert loss.equal(expected.detach()) and gradient_error(gradients(model), gradients(plain)) == 0
 
 
 def test_without_gradients_all_is_returned() -> None:
