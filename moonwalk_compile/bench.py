@@ -22,6 +22,7 @@ from .front import checkpoint_by_hand
 from .inputs import Arguments
 from .measure import Comparison, compare_steps, measure_step, time_interleaved
 from .options import Options
+from .outputs import Wanted
 from .passes._torch_compat import tree_flatten
 from .units import format_bytes, format_seconds
 
@@ -105,7 +106,7 @@ def scalar_loss(model: nn.Module, *inputs: Any, **named: Any) -> Tensor:
     return torch.stack([leaf.float().square().mean() for leaf in leaves]).sum()
 
 
-def bench_model(build: Build, options: Options, device: str, repeats: int = 7) -> Bench:
+def bench_model(build: Build, options: Options, device: str, outputs: Wanted | None = None, repeats: int = 7) -> Bench:
     """Build the model for real and measure its training step in every way. Raises BudgetError as compiling does."""
     place = _place(device)
     torch.manual_seed(0)
@@ -116,7 +117,7 @@ def bench_model(build: Build, options: Options, device: str, repeats: int = 7) -
     ways: list[_Way] = []
     with peers.same_random_numbers(options.lowering):
         with tqdm(desc="compiling", leave=False, disable=None) as bar:
-            for way in _ways(model, given, options, notes):
+            for way in _ways(model, given, options, outputs, notes):
                 ways.append(way)
                 bar.update()
         rows = _measured(ways, given, place, repeats)
@@ -133,7 +134,9 @@ def _place(device: str) -> torch.device:
     return torch.device("cuda")
 
 
-def _ways(model: nn.Module, given: Arguments, options: Options, notes: list[str]) -> Iterator[_Way]:
+def _ways(
+    model: nn.Module, given: Arguments, options: Options, outputs: Wanted | None, notes: list[str]
+) -> Iterator[_Way]:
     """Ours comes last. Each has run once, under its own settings."""
     planner = planned_session(model, given, replace(options, budget=None)).planner
     assert planner is not None
@@ -164,6 +167,7 @@ def _ways(model: nn.Module, given: Arguments, options: Options, notes: list[str]
     ours = moonwalk_compile(
         copy.deepcopy(model),
         budget=options.budget,  # type: ignore[arg-type]
+        outputs=outputs,
         **{name: getattr(options, name) for name in ("max_slowdown", "strategies", "tolerance", "lowering", "profile")},
     )
     plan: Any = _started(ours, given).plan

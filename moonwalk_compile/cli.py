@@ -101,6 +101,7 @@ def _add_pareto(parser: argparse.ArgumentParser) -> None:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     _add_goal(parser)
     parser.add_argument("--repeats", metavar="N", type=int, default=7, help="interleaved runs (default 7)")
+    _add_outputs(parser)
     _add_common(parser, "draw measured and predicted peaks against time")
     parser.set_defaults(run=_bench)
 
@@ -155,7 +156,8 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     if arguments.repeats < 1:
         raise UsageError("Wrong usage", f"--repeats {arguments.repeats} measures nothing", "ask for at least 1")
-    return _report(arguments, _options(arguments), functools.partial(bench_model, repeats=arguments.repeats))
+    make = functools.partial(bench_model, outputs=_outputs(arguments), repeats=arguments.repeats)
+    return _report(arguments, _options(arguments), make)
 
 
 def _report(arguments: argparse.Namespace, options: Options, make: Callable[..., Found]) -> int:

@@ -75,7 +75,7 @@ def test_the_command_measures_every_way(target: str, tmp_path: Path, capsys: pyt
 def test_every_way_keeps_the_settings_that_it_was_compiled_under() -> None:
     """Compiled again, torch's budgets would be those of the moment."""
     given = Arguments((torch.randn(4, 8),))
-    ways = list(_ways(Two(), given, Options(parse_bytes("100%"), lowering="eager"), []))
+    ways = list(_ways(Two(), given, Options(parse_bytes("100%"), lowering="eager"), None, []))
     assert {"torch's budget 0.5", "torch's budget 0.1"} < {way.name for way in ways}
     compiled = counters["stats"]["unique_graphs"]
     assert compiled
@@ -138,20 +138,24 @@ def test_a_checkpointed_copy_has_the_same_gradients_and_leaves_the_model_alone()
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.two = Two()
+        self.two, self.head = Two(), nn.Linear(8, 512)
 
     def forward(self, x: Tensor, *, target: Tensor) -> dict[str, Tensor]:
-        result = self.two(x)
+        result = self.head(self.two(x))
         return {"result": result, "loss": (result - target).square().mean()}
 
 
 def test_a_model_called_by_name_is_measured_by_its_loss() -> None:
-    named = {"x": torch.randn(4, 8), "target": torch.randn(4, 8)}
-    model = Named()
+    named = {"x": torch.randn(64, 8), "target": torch.randn(64, 512)}
+    model, peaks = Named(), []
     assert torch.equal(scalar_loss(model, **named), model(**named)["loss"])
-    found = bench_model(lambda: (model, named), Options(parse_bytes("100%"), lowering="eager"), "cpu", repeats=1)
-    ours = found.rows[-1]
-    assert ours.name == "moonwalk" and ours.gradient_error == 0.0
+    options = Options(parse_bytes("100%"), lowering="eager")
+    for outputs in (None, ("loss",)):
+        found = bench_model(lambda: (model, named), options, "cpu", outputs, repeats=1)
+        ours = found.rows[-1]
+        assert ours.name == "moonwalk" and ours.gradient_error == 0.0
+        peaks.append(ours.peak_bytes)
+    assert peaks[0] - peaks[1] >= 64 * 512 * 4  # nothing is held for the other output
 
 
 def test_the_loss_is_the_models_own_or_a_mean_square() -> None:
