@@ -25,9 +25,8 @@ class Device:
 
     On a GPU `flops` is of numbers of 16 bits; `wider` are the rates for 32 bits in TF32, for 32 bits, and for 64. A
     `clock` says what an operation was measured to take; what it does not know counts by the rates. `fused` says that
-    pointwise operations are fused (see `fusion`), and `as_captured` that convolutions then get their gradients from
-    images as they were captured, not from images laid out channels last. Elements that are packed into bits and
-    unpacked have rates of their own.
+    pointwise operations are fused (see `fusion`), and `as_plain` that images are then laid out as plain `torch.compile`
+    does (see `layout`). Elements that are packed into bits and unpacked have rates of their own.
     """
 
     name: str
@@ -40,16 +39,17 @@ class Device:
     unpacked: float = math.inf
     bits: float = 0.0  # seconds of overhead of a call that packs or unpacks, beside that of any call
     page: float = 0.0  # seconds per byte of memory that is new to the process, beside what `bandwidth` has of it
+    far: float = 0.0  # with `fused`: seconds per byte that waits for the backward pass, beside what operations take
     wider: tuple[float, float, float] | None = None
     datasheet: bool = True
     fused: bool = False
-    as_captured: bool = False
+    as_plain: bool = False
     clock: Callable[[Operation, bool], float | None] | None = field(default=None, compare=False, repr=False)
 
     @property
     def plain(self) -> Device:
-        """As plain `torch.compile` uses it: its backward graphs leave images as they were captured."""
-        return replace(self, as_captured=True)
+        """As plain `torch.compile` uses it."""
+        return replace(self, as_plain=True)
 
 
 def _card(
@@ -82,6 +82,9 @@ SPECIAL = {
 # glibc gives allocations of more bytes back when they are freed: each is new to the process, and faults page by page.
 # Of what the others take in a step, about this part is.
 FRESH, NEW = 32 << 20, 1 / 3
+# Fused loops and convolutions mostly find what they read in the cache, as when they were timed. What waits for the
+# backward pass is written to memory meanwhile, and read from there.
+AWAY = 2.0
 # A CPU draws one number after another, on one core.
 RANDOM = set("bernoulli native_dropout rand rand_like randn randn_like randint uniform normal".split())
 # Normalizations that go over rows, which stay in the cache, and what goes over whole images for its statistics.
@@ -172,7 +175,7 @@ def operation_seconds(operation: Operation, device: Device) -> float:
     if device.fused and is_fused(operation):  # of what it reads and writes, about half stays within a loop
         passes = 2 if base_name(operation.target) in IMAGES else 1
         return max(passes * operation.moved / 2 / device.bandwidth, fused_arithmetic(operation, device))
-    if device.clock is not None and (measured := device.clock(operation, device.as_captured)) is not None:
+    if device.clock is not None and (measured := device.clock(operation, device.as_plain)) is not None:
         return measured
     name = base_name(operation.target)
     rounds = _rounds(operation)
@@ -272,16 +275,18 @@ def _calibrate() -> Device:
     packed = _seconds(lambda: pack_bits(mask))
     unpacked = _seconds(lambda: unpack_two(bits, [mask.numel()], 1.0, 0.0, torch.bool))
     few = _seconds(lambda: unpack_two(pack_bits(mask[:8]), [8], 1.0, 0.0, torch.bool)) / 2
+    bandwidth = 8 * large.numel() / ((1 - NEW) * reused + NEW * fresh)
     return Device(
         "cpu",
         flops=2 * 768**3 / product,
-        bandwidth=8 * large.numel() / ((1 - NEW) * reused + NEW * fresh),
+        bandwidth=bandwidth,
         overhead=call,
         transcendental=curved.numel() / special,
         random=1.25 * medium.numel() / drawn,  # the mask is counted with the numbers
         packed=mask.numel() / max(packed - few, packed / 2),
         unpacked=mask.numel() / max(unpacked - few, unpacked / 2),
         bits=few,
+        far=AWAY / bandwidth,
         page=max(0.0, (1 - NEW) * (fresh - reused) / (4 * large.numel())),
         datasheet=False,
     )

@@ -14,7 +14,7 @@ from .fusion import program_seconds
 from .graph import Edge, Ref
 from .program import Program
 from .reuse import simulated
-from .solutions import Facts
+from .solutions import Facts, waiting_seconds
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def segment_cost(facts: Facts, segment: Segment) -> Cost | None:
         forward_peak=simulated(facts, forward).peak,
         backward_peak=simulated(facts, backward).peak,
         seconds=program_seconds(backward, analysis.graph, analysis.device)
+        + waiting_seconds(analysis, handed)
         + _handed_on_seconds(facts, segment, backward)
         + _packing_seconds(facts, forward)
         - sum(facts.seconds(index)[1] for index in segment.span),

@@ -22,7 +22,7 @@ from .liveness import Timeline, simulate
 from .plan import Planned
 from .program import Instruction, Program
 from .reuse import is_fresh, written_over
-from .solutions import Facts
+from .solutions import Facts, waiting_seconds
 from .verify import VerificationError
 
 
@@ -181,6 +181,7 @@ class JointMeasure:
         whole = simulate(program, analysis.charges, workspace=lambda operation: self._workspace(facts, operation))
         forward, backward = self._halves(program, whole, len(schedule.forward.instructions))
         seconds = program_seconds(program, analysis.graph, analysis.device)
+        seconds += waiting_seconds(analysis, schedule.kept)
         return Planned(segments, schedule, forward, backward, seconds, error)
 
     def _workspace(self, facts: Facts, operation: Operation) -> int:

@@ -34,11 +34,20 @@ def channels_last(size: Sequence[int], strides: Sequence[int]) -> tuple[int, ...
     return torch.empty(tuple(size), device="meta", memory_format=torch.channels_last).stride()
 
 
-def laid_out(call: Call, as_captured: bool = False) -> Call:
-    """A call as it is made where operations are fused: a convolution on a CPU on images channels last. With
-    `as_captured` convolutions get their gradients from images as they were captured all the same."""
+def is_contiguous(image: Like) -> bool:
+    """Whether it is laid out as tensors are by default."""
+    return image.stride == torch.empty(image.size, device="meta").stride()
+
+
+def laid_out(call: Call, as_plain: bool = False) -> Call:
+    """A call as it is made where operations are fused: a convolution on a CPU on images channels last.
+
+    With `as_plain` as plain `torch.compile` makes it. Its backward graphs lay nothing out, but the images that the
+    forward graph hands over are channels last, and most cotangents follow. Where one comes from a permutation (networks
+    that hold their images channels last by themselves) layouts meet, as they did when captured.
+    """
     target, args, kwargs = call
-    if as_captured and target is aten.convolution_backward.default:
+    if as_plain and target is aten.convolution_backward.default and not is_contiguous(args[0]):
         return call
     images = CONVOLUTIONS.get(target, 0)
     return target, (*map(_channels_last, args[:images]), *args[images:]), kwargs

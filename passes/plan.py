@@ -30,7 +30,7 @@ from .inverse import INVERTED
 from .liveness import Timeline
 from .moves import Move, MoveMaker
 from .reuse import simulated
-from .solutions import Facts
+from .solutions import Facts, waiting_seconds
 
 CLOSE = 0.002  # part of a budget that is not worth another round; twice as much after each,
 CLOSEST = 0.01  # up to this much
@@ -432,4 +432,5 @@ def measure_schedule(
     backward = simulated(facts, schedule.backward, pinned=facts.analysis.held)
     graph, device = facts.analysis.graph, device or facts.analysis.device
     seconds = sum(program_seconds(program, graph, device) for program in (schedule.forward, schedule.backward))
+    seconds += waiting_seconds(facts.analysis, schedule.kept)
     return Planned(segments, schedule, forward, backward, seconds, error)

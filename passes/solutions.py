@@ -248,7 +248,15 @@ def block_passing(analysis: Analysis, block: Block) -> frozenset[int]:
 def block_seconds(analysis: Analysis, block: Block) -> tuple[float, float]:
     graph, device = analysis.graph, analysis.device
     forward = edges_seconds(block.forward, {*block.live_out, *block.demanded}, graph, device)
-    return forward, edges_seconds(block.backward, {*block.cotangents_out, *block.gradients}, graph, device)
+    backward = edges_seconds(block.backward, {*block.cotangents_out, *block.gradients}, graph, device)
+    return forward, backward + waiting_seconds(analysis, block.demanded)
+
+
+def waiting_seconds(analysis: Analysis, kept: Iterable[int]) -> float:
+    """What the step takes longer because these values wait for the backward pass."""
+    static, charges, device = analysis.graph.static, analysis.charges, analysis.device
+    far = device.far if device.fused else 0.0
+    return far * sum(size for _, size in {charges[value] for value in kept if value not in static})
 
 
 class Facts:

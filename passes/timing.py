@@ -56,8 +56,8 @@ class Clock:
         self.bar = tqdm(desc="timing operations", unit="", leave=False, disable=None if folder else True)
         self.loaded = False
 
-    def __call__(self, operation: Operation, as_captured: bool = False) -> float | None:
-        """With `as_captured` convolutions get their gradients from images as they were captured, fused or not."""
+    def __call__(self, operation: Operation, as_plain: bool = False) -> float | None:
+        """With `as_plain` as plain `torch.compile` lays it out."""
         call = operation.call
         if call is None or getattr(call[0], "namespace", None) not in OURS:
             return None
@@ -65,10 +65,10 @@ class Clock:
             return None
         if self.fused and torch.Tag.pointwise in call[0].tags:
             return None
-        if (id(call), as_captured) not in self.known:
-            called = laid_out(call, as_captured) if self.fused else call
-            self.known[id(call), as_captured] = (call, self._look_up(called))
-        return self.known[id(call), as_captured][1]
+        if (id(call), as_plain) not in self.known:
+            called = laid_out(call, as_plain) if self.fused else call
+            self.known[id(call), as_plain] = (call, self._look_up(called))
+        return self.known[id(call), as_plain][1]
 
     def save(self) -> None:
         """Write what was measured to disk; where that is not possible it is measured again next time."""

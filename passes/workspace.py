@@ -35,12 +35,12 @@ from .wrapper_memory import ProfileUnknown
 @dataclass
 class Workspaces:
     """The workspace of operations by trial, for the planner. What cannot be tried, or has more than `limit` bytes of
-    operands, counts as 0. With `fused` (Inductor) calls are made as they are laid out there, `as_captured` as by
-    plain Inductor."""
+    operands, counts as 0. With `fused` (Inductor) calls are made as they are laid out there, `as_plain` as by
+    plain `torch.compile`."""
 
     limit: float = math.inf
     fused: bool = False
-    as_captured: bool = False
+    as_plain: bool = False
     found: dict[object, int] = field(default_factory=dict)
     known: dict[int, tuple[Operation, int]] = field(default_factory=dict)  # by the object: calls take long to compare
 
@@ -48,14 +48,14 @@ class Workspaces:
         if operation.call is None or not operation.borrows:
             return 0
         if id(operation) not in self.known:
-            call = laid_out(operation.call, self.as_captured) if self.fused else operation.call
+            call = laid_out(operation.call, self.as_plain) if self.fused else operation.call
             self.known[id(operation)] = operation, self._of(*call) + copied_bytes(operation.call, call)
         return self.known[id(operation)][1]
 
     @property
     def plain(self) -> Workspaces:
         """Those of plain backpropagation."""
-        return replace(self, as_captured=True, known={})
+        return replace(self, as_plain=True, known={})
 
     def of_call(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
         """Of a call in a generated wrapper: a `wrapper_memory.Workspace`."""

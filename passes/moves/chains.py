@@ -9,6 +9,7 @@ from ..certificates import TRUSTED, Certificate, Noise, reach
 from ..costs import Cost
 from ..emit import Segment, stored
 from ..inverse import INVERTED
+from ..solutions import waiting_seconds
 from .kinds import Kinds
 from .move import Move
 
@@ -85,7 +86,11 @@ class Chains:
             if single is None or noise.grown(certificate).error > self.tolerance:
                 return
             noise = noise.grown(certificate)
-            whole = single[1] if whole is None else _joined_walks(single[1], whole)
+            if whole is None:
+                whole = single[1]
+            else:
+                waiting = waiting_seconds(self.analysis, self.analysis.blocks[first + 1].live_in)
+                whole = _joined_walks(single[1], whole, waiting)
             yield Move(Segment(first, last, "moonwalk", frozenset()), whole, noise.error)
 
     def missing(self, strategy: str, index: int) -> tuple[int, ...]:
@@ -157,8 +162,8 @@ def _joined_inversions(front: Cost, back: Cost, gradients: int) -> Cost:
     )
 
 
-def _joined_walks(front: Cost, back: Cost) -> Cost:
-    """The same of a moonwalk segment, which keeps the border in front of it alone."""
+def _joined_walks(front: Cost, back: Cost, waiting: float) -> Cost:
+    """The same of a moonwalk segment, which keeps the border in front of it alone: the other's `waiting` is saved."""
     residuals, fragments = back.own, front.fragments + back.fragments
     working = max(cost.backward_peak - cost.kept - cost.fragments for cost in (front, back))
     return Cost(
@@ -168,6 +173,6 @@ def _joined_walks(front: Cost, back: Cost) -> Cost:
         covers_out=False,
         forward_peak=max(front.forward_peak, back.forward_peak - back.border_in + front.kept),
         backward_peak=front.kept + residuals + fragments + working,
-        seconds=front.seconds + back.seconds,
+        seconds=front.seconds + back.seconds - waiting,
         fragments=fragments,
     )

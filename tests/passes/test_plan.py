@@ -267,6 +267,30 @@ def test_a_question_is_answered_once_until_certificates_change() -> None:
     assert "invert" not in {segment.strategy for segment in planner.smallest().segments}
 
 
+@pytest.mark.parametrize("strategy", ["keep", "checkpoint"])
+def test_what_waits_for_the_backward_pass_takes_time(strategy: str) -> None:
+    """Beside what the operations take; in plain backpropagation, in a plan, and in the moves that it is made of."""
+    far, analysis = 0.5, chain([Layer(7, 5, 3) for _ in range(4)])
+    fused = [replace(analysis, device=replace(analysis.device, fused=True, far=each)) for each in (0.0, far)]
+    planners = [Planner(Facts(each), (strategy,)) for each in fused]
+
+    def waiting(planned: Planned) -> float:
+        values, static = analysis.graph.values, analysis.graph.static
+        return far * sum(values[value].bytes for value in {*planned.schedule.kept} - static)
+
+    plain = waiting(planners[0].plain)
+    assert plain and planners[1].plain.seconds == pytest.approx(planners[0].plain.seconds + plain)
+    found = [next(iter(segmentations(planner, len(analysis.blocks) - 1))) for planner in planners]
+    planned = [planner.realise(moves) for planner, moves in zip(planners, found, strict=True)]
+    assert planned[0].segments == planned[1].segments
+    extra = waiting(planned[0])
+    assert planned[1].seconds == pytest.approx(planned[0].seconds + extra) and (extra < plain) == (
+        strategy == "checkpoint"
+    )
+    modelled = [sum(move.cost.seconds for move in moves) for moves in found]
+    assert modelled[1] - modelled[0] == pytest.approx(extra - plain)
+
+
 def ratios_of_thinned_fronts(seed: int) -> list[float]:
     """The time found with 8 states at each border, against that with 4096, at three budgets."""
     draw, ratios = random.Random(seed), []

@@ -82,13 +82,14 @@ def test_in_a_fused_loop_pointwise_operations_take_what_the_table_says(tmp_path:
     assert Clock(fused=True, folder=tmp_path)(product(8)) is not None
 
 
-def gradients(channels: int, size: int) -> Operation:
+def gradients(channels: int, size: int, cotangent: torch.Tensor | None = None) -> Operation:
     """Of a depthwise convolution, from images as they are by default."""
     images = torch.empty(2, channels, size, size)
+    cotangent = images if cotangent is None else cotangent
     rest = (None, [1, 1], [3, 3], [1, 1], False, [0, 0], channels, [True, True, False])
     call = (
         aten.convolution_backward.default,
-        *frozen_call((images, images, torch.empty(channels, 1, 7, 7), *rest), {}),
+        *frozen_call((cotangent, images, torch.empty(channels, 1, 7, 7), *rest), {}),
     )
     return Operation(aten.convolution_backward.default, (), new=(4,), flops=1e9, call=call)
 
@@ -107,18 +108,20 @@ def test_without_a_folder_only_large_convolutions_are_timed() -> None:
 def test_where_loops_are_fused_images_are_tried_as_they_are_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
     monkeypatch.setattr(timing, "measured_seconds", lambda call, *_: tried.append(call[1]) or float(len(tried)))
-    images = [(432, 1, 72, 12), (432, 36, 6, 1)]  # channels last, as captured
-    operation = gradients(12, 6)
+    last, first = (432, 1, 72, 12), (432, 36, 6, 1)
     ours = replace(DEVICES["cpu"], fused=True, clock=Clock(fused=True))
-    assert [operation_seconds(operation, device) for device in (ours, ours.plain, ours)] == [1.0, 2.0, 1.0]
-    assert [(args[0].stride, args[1].stride) for args in tried] == [(strides, strides) for strides in images]
+    operation = gradients(12, 6)
+    assert [operation_seconds(operation, device) for device in (ours, ours.plain, ours)] == [1.0, 1.0, 1.0]
+    permuted = gradients(12, 6, torch.empty(2, 6, 6, 12).permute(0, 3, 1, 2))
+    assert [operation_seconds(permuted, device) for device in (ours, ours.plain, ours)] == [1.0, 2.0, 1.0]
+    assert [(args[0].stride, args[1].stride) for args in tried] == [(last, last), (last, first)]
     assert [args[2].stride for args in tried] == [(49, 49, 7, 1)] * 2
     forward = (aten.convolution.default, *frozen_call((torch.empty(2, 12, 6, 6), torch.empty(12, 1, 7, 7)), {}))
-    for as_captured in (False, True):  # plain `torch.compile` lays these out too
-        Clock(fused=True)(Operation(aten.convolution.default, (), new=(4,), flops=1e9, call=forward), as_captured)
-        assert tried[-1][0].stride == images[0]
+    for as_plain in (False, True):  # plain `torch.compile` lays these out too
+        Clock(fused=True)(Operation(aten.convolution.default, (), new=(4,), flops=1e9, call=forward), as_plain)
+        assert tried[-1][0].stride == last
     Clock(fused=False)(operation)
-    assert tried[-1][0].stride == images[1]
+    assert tried[-1][0].stride == first
 
 
 def test_what_draws_takes_as_long_as_its_numbers() -> None:
