@@ -147,9 +147,13 @@ class TrainingStep:
         return in_own_frame(loss_of, backend, fullgraph=True)
 
     def _loss(self, *inputs: Any, **named: Any) -> Tensor:
-        if self.loss_fn is None:
-            return loss_in(self.model(*inputs, **named))
-        return self.loss_fn(self.model(*inputs[:-1], **named), inputs[-1])
+        if self.loss_fn is not None:
+            return self.loss_fn(self.model(*inputs[:-1], **named), inputs[-1])
+        loss = loss_in(self.model(*inputs, **named))
+        if not isinstance(loss, Tensor):
+            what = f"the model returned a {type(loss).__name__} for its loss"
+            raise UsageError(TITLE, what, "give it what its loss is computed from, or pass a loss_fn")
+        return loss
 
     def _guarded(self, compiled: Callable[..., Tensor], given: Arguments, tried_out: bool = False) -> Tensor:
         try:

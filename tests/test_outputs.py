@@ -67,12 +67,13 @@ class Classifier(nn.Module):
         self.body = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
         self.head = nn.Linear(8, 512)
 
-    def forward(self, x: Tensor, labels: Tensor) -> Any:
+    def forward(self, x: Tensor, labels: Tensor | None) -> Any:
         hidden = self.body(x)
         if self.branches and hidden.sum() > 1e9:
             hidden = hidden + 1
         logits = self.head(hidden)
-        return FORMS[self.form](F.cross_entropy(logits, labels), logits)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return FORMS[self.form](loss, logits)
 
 
 def loss_of(form: str, result: Any) -> Tensor:
@@ -143,6 +144,15 @@ def test_a_training_step_takes_the_loss_and_arguments_by_name(form: str) -> None
         assert step(**named).equal(expected.detach())
     assert step.plan.measured_peak_bytes == pytest.approx(step.plan.peak_bytes, abs=4096)
     assert step(x, labels=labels).equal(loss_of(form, plain(**named)))
+
+
+@pytest.mark.parametrize(("form", "labels", "kind"), [("dict", False, "NoneType"), ("tuple", True, "tuple")])
+def test_a_training_step_without_a_loss(form: str, labels: bool, kind: str) -> None:
+    """As where the labels were forgotten, or the loss stands in a tuple."""
+    model, (x, targets) = both(form)[0], batch()
+    step = training_step(model, lowering="eager")
+    with pytest.raises(UsageError, match=f"returned a {kind} for its loss"):
+        step(x, targets if labels else None)
 
 
 def test_arguments_by_name_are_the_models_where_the_loss_is_another_function() -> None:
