@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -22,7 +21,7 @@ from .front import checkpoint_by_hand
 from .inputs import Arguments
 from .measure import Comparison, compare_steps, measure_step, time_interleaved
 from .options import Options
-from .outputs import Wanted
+from .outputs import Wanted, loss_in
 from .passes._torch_compat import tree_flatten
 from .units import format_bytes, format_seconds
 
@@ -96,8 +95,9 @@ class _Way:
 def scalar_loss(model: nn.Module, *inputs: Any, **named: Any) -> Tensor:
     """The model's own loss if it returns one, else the mean square of all floating-point tensors that it returns."""
     result = model(*inputs, **named)
-    if isinstance(result, Mapping) and isinstance(result.get("loss"), Tensor) and result["loss"].requires_grad:
-        return result["loss"].sum()
+    loss = loss_in(result)
+    if loss is not result and isinstance(loss, Tensor) and loss.requires_grad:
+        return loss.sum()
     leaves = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not leaves:
         raise UsageError("Nothing to train", "the model returns nothing that requires a gradient", "return a loss")
@@ -177,7 +177,7 @@ def _ways(
 
 
 def _loss(model: nn.Module, given: Arguments) -> Tensor:
-    return cast(Tensor, given.call(functools.partial(scalar_loss, model)))
+    return scalar_loss(model, *given.args, **given.kwargs)
 
 
 def _started(model: nn.Module, given: Arguments) -> nn.Module:

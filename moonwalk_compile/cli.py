@@ -22,7 +22,7 @@ from .options import LOWERINGS, ON_REQUEST, PROFILES, STRATEGIES, Options, neare
 from .outputs import Wanted, check_outputs
 from .passes.cost import DEVICES
 from .plot import check_plot_path
-from .targets import load_target, parse_spec
+from .targets import load_target, parse_specs
 from .usercode import reporting_user_code
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _check_device(name: str) -> None:
 
 def _on_target(arguments: argparse.Namespace, options: Options, make: Callable[..., Found]) -> Found:
     """What the model's code prints goes to stderr: stdout is for the result."""
-    specs = [parse_spec(text) for text in arguments.input]
+    specs = parse_specs(arguments.input)
     with contextlib.redirect_stdout(sys.stderr), _quiet_torch():
         target = load_target(arguments.target)
         with reporting_user_code(f"planning {arguments.target}"):

@@ -8,7 +8,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -59,6 +59,16 @@ class InputSpec:
         if self.dtype.is_floating_point:
             return torch.randn(self.shape, dtype=self.dtype, generator=generator)
         return torch.randint(self.high or 2, self.shape, dtype=self.dtype, generator=generator)
+
+
+def parse_specs(texts: Iterable[str]) -> list[InputSpec]:
+    """The inputs of a model, each described once. Raises UsageError."""
+    specs = [parse_spec(text) for text in texts]
+    names = [spec.name for spec in specs if spec.name is not None]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise _bad_spec(twice, "is given twice", "describe each input once")
+    return specs
 
 
 def parse_spec(text: str) -> InputSpec:
@@ -114,10 +124,6 @@ class Target:
         """
         model, inputs = self._model_and_inputs()
         if specs:
-            names = [spec.name for spec in specs if spec.name is not None]
-            if len(names) > len({*names}):
-                twice = max(names, key=names.count)
-                raise UsageError("Bad input spec", f"{twice!r} is given twice", "describe each input once")
             by_position = tuple(spec.make() for spec in specs if spec.name is None)
             inputs = Arguments(by_position, {spec.name: spec.make() for spec in specs if spec.name is not None})
         if not inputs:

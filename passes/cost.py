@@ -82,9 +82,6 @@ SPECIAL = {
 # glibc gives allocations of more bytes back when they are freed: each is new to the process, and faults page by page.
 # Of what the others take in a step, about this part is.
 FRESH, NEW = 32 << 20, 1 / 3
-# Fused loops and convolutions mostly find what they read in the cache, as when they were timed. What waits for the
-# backward pass goes to memory meanwhile and comes back. Loops are charged for that already, so it counts as one way.
-AWAY = 1.0
 # A CPU draws one number after another, on one core.
 RANDOM = set("bernoulli native_dropout rand rand_like randn randn_like randint uniform normal".split())
 # Normalizations that go over rows, which stay in the cache, and what goes over whole images for its statistics.
@@ -286,7 +283,9 @@ def _calibrate() -> Device:
         packed=mask.numel() / max(packed - few, packed / 2),
         unpacked=mask.numel() / max(unpacked - few, unpacked / 2),
         bits=few,
-        far=AWAY / bandwidth,
+        # Fused loops and convolutions mostly find what they read in the cache, as when they were timed. What waits goes
+        # to memory meanwhile and comes back. Loops are charged for that already, so it counts as one way.
+        far=1 / bandwidth,
         page=max(0.0, (1 - NEW) * (fresh - reused) / (4 * large.numel())),
         datasheet=False,
     )

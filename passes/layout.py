@@ -20,11 +20,16 @@ CONVOLUTIONS: dict[Any, int] = {aten.convolution.default: 1, aten.convolution_ba
 
 def lay_out(tensor: Tensor, strides: Sequence[int]) -> Tensor:
     """`tensor` with these dense strides; copied only where they differ in a dimension longer than one."""
-    if all(a == b for a, b, size in zip(tensor.stride(), strides, tensor.shape, strict=True) if size != 1):
+    if _alike(tensor.shape, tensor.stride(), strides):
         return tensor
     order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
     back = sorted(range(tensor.dim()), key=order.__getitem__)
     return tensor.permute(order).contiguous().permute(back)
+
+
+def _alike(size: Sequence[int], strides: Sequence[int], others: Sequence[int]) -> bool:
+    """Of a dimension of one element the stride says nothing."""
+    return all(a == b for n, a, b in zip(size, strides, others, strict=True) if n != 1)
 
 
 def channels_last(size: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
@@ -34,9 +39,9 @@ def channels_last(size: Sequence[int], strides: Sequence[int]) -> tuple[int, ...
     return torch.empty(tuple(size), device="meta", memory_format=torch.channels_last).stride()
 
 
-def is_contiguous(image: Like) -> bool:
+def _is_contiguous(image: Like) -> bool:
     """Whether it is laid out as tensors are by default."""
-    return image.stride == torch.empty(image.size, device="meta").stride()
+    return _alike(image.size, image.stride, torch.empty(image.size, device="meta").stride())
 
 
 def laid_out(call: Call, as_plain: bool = False) -> Call:
@@ -47,7 +52,7 @@ def laid_out(call: Call, as_plain: bool = False) -> Call:
     that hold their images channels last by themselves) layouts meet, as they did when captured.
     """
     target, args, kwargs = call
-    if as_plain and target is aten.convolution_backward.default and not is_contiguous(args[0]):
+    if as_plain and target is aten.convolution_backward.default and not _is_contiguous(args[0]):
         return call
     images = CONVOLUTIONS.get(target, 0)
     return target, (*map(_channels_last, args[:images]), *args[images:]), kwargs

@@ -255,8 +255,9 @@ def block_seconds(analysis: Analysis, block: Block) -> tuple[float, float]:
 def waiting_seconds(analysis: Analysis, kept: Iterable[int]) -> float:
     """What the step takes longer because these values wait for the backward pass."""
     static, charges, device = analysis.graph.static, analysis.charges, analysis.device
-    far = device.far if device.fused else 0.0
-    return far * sum(size for _, size in {charges[value] for value in kept if value not in static})
+    if not (device.fused and device.far):
+        return 0.0
+    return device.far * sum(size for _, size in {charges[value] for value in kept if value not in static})
 
 
 class Facts:

@@ -143,6 +143,7 @@ def test_a_training_step_takes_the_loss_and_arguments_by_name(form: str) -> None
         optimizers[0].step(), optimizers[0].zero_grad()
         assert step(**named).equal(expected.detach())
     assert step.plan.measured_peak_bytes == pytest.approx(step.plan.peak_bytes, abs=4096)
+    assert step.graph_module is not None and len(step.graph_module.graph.output_node().args[0]) == 1
     assert step(x, labels=labels).equal(loss_of(form, plain(**named)))
 
 
