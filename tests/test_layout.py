@@ -89,7 +89,7 @@ as_stored.register_autograd(lambda ctx, g: (2 * g).view(SIZE))
 class Stored(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Tanh()) for _ in range(3)))
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Tanh()) for _ in range(6)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layers(x)
