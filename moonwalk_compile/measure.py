@@ -227,13 +227,17 @@ def gradient_error(actual: Mapping[str, Tensor | None], reference: Mapping[str, 
         if ours is None or theirs is None or ours.shape != theirs.shape:
             return math.inf
         floor = _TINY_SHARE * per_element * math.sqrt(theirs.numel())
-        distance = _norm(ours.detach().double() - theirs.detach().double())
+        distance = _norm(_wide(ours) - _wide(theirs))
         worst = max(worst, _relative(distance, max(norms[name], floor)))
     return worst
 
 
 def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
+    return float(torch.linalg.vector_norm(_wide(tensor)))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _relative(distance: float, scale: float) -> float:

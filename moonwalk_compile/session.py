@@ -105,10 +105,11 @@ class Session:
             self._leave_inductor(error)
             return Session.partition(self, joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
         except NoPlan as error:
+            others = [f'"{name}"' for name in ("checkpoint", "keep") if name not in self.options.strategies]
             raise OptionError(
                 "The strategies cannot train this model",
                 f"some of its blocks cannot be treated by {error} alone",
-                'allow "checkpoint" or "keep" as well',
+                f"allow {' or '.join(others)} as well",
             ) from None
         planner = chooser.planner
         assert self.analysis is not None

@@ -8,6 +8,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch import SymInt, Tensor
 from torch._C import _dispatch_has_kernel_for_dispatch_key
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import lookup_backend
@@ -30,6 +31,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
     unset_fake_temporarily,
 )
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
@@ -99,6 +101,11 @@ def is_composite(operator: OpOverload) -> bool:
     return _dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd")
 
 
+def depends_on_data(value: Any) -> bool:
+    """Whether a size in what a node gives, by its metadata, is only known when the step runs."""
+    return any(free_unbacked_symbols(leaf) for leaf in tree_flatten(value)[0] if isinstance(leaf, (Tensor, SymInt)))
+
+
 def global_optimizer_hooks() -> bool:
     """Whether anything is called around the steps of all optimizers."""
     return bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
@@ -114,6 +121,7 @@ __all__ = [
     "TorchDynamoException",
     "default_partition",
     "aot_function",
+    "depends_on_data",
     "detect_fake_mode",
     "NOT_ON_FAKE_TENSORS",
     "SIZES",

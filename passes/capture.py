@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ._torch_compat import fx_graph_cse
+from ._torch_compat import depends_on_data, fx_graph_cse
 from .cost import Device, base_name, operations_seconds, qualified_name
 from .graph import Edge, Graph, Ref, Role, Stage, Value
 from .trace import Recorder
@@ -175,6 +175,12 @@ def is_effect(node: fx.Node) -> bool:
     return schema is not None and (schema.is_mutable or not schema.returns)
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether the call gives another view of what it reads, and changes nothing."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and not schema.is_mutable and any(given.alias_info for given in schema.returns)
+
+
 def _replace_argument(user: fx.Node, node: fx.Node, number: int) -> None:
     def replaced(argument: fx.Node) -> Any:
         return number if argument is node else argument
@@ -183,10 +189,23 @@ def _replace_argument(user: fx.Node, node: fx.Node, number: int) -> None:
     user.kwargs = fx.node.map_arg(user.kwargs, replaced)
 
 
+class SizeUnknown(Exception):
+    """Names the operation that makes sizes depend on data, and the line that calls it."""
+
+    def __init__(self, node: fx.Node) -> None:
+        name = base_name(node.target) if node.op == "call_function" else node.name
+        trace = (node.meta.get("stack_trace") or "").strip().splitlines()
+        places = [place for place, line in enumerate(trace) if line.lstrip().startswith("File ")]
+        where = ": ".join(line.strip() for line in trace[places[-1] :][:2]) if places else "nothing says where"
+        super().__init__(f"sizes depend on data from `{name}` on ({where})")
+
+
 def _inline_sizes(graph: fx.Graph) -> None:
     """Sizes that are inputs, or computed, become the integers they stand for: a plan holds for one set of sizes."""
     for node in graph.nodes:
         size = node.meta.get("val")
+        if node.op == "call_function" and depends_on_data(size):
+            raise SizeUnknown(node)
         if not isinstance(size, (torch.SymInt, int)) or isinstance(size, bool):
             continue
         for user in list(node.users):
@@ -198,6 +217,18 @@ def _drop_running_statistics(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and base_name(node.target) == "native_batch_norm_backward" and node.args[7]:
             node.args = (*node.args[:3], None, None, *node.args[5:])
+
+
+def _one_view_each(graph: fx.Graph, forward_outputs: int) -> None:
+    """A view that only the backward pass reads is made once for each reader: shared, it ties their blocks together."""
+    nodes = list(graph.nodes)
+    after_tangents, in_forward = mark_stages(nodes, nodes[-1].args[0][:forward_outputs])
+    for node in reversed(nodes):
+        if not is_view(node) or node in after_tangents or node in in_forward:
+            continue
+        for user in list(node.users)[1:]:
+            with graph.inserting_after(node):
+                user.replace_input_with(node, graph.node_copy(node))
 
 
 def read_joint(
@@ -216,5 +247,6 @@ def read_joint(
     _drop_running_statistics(merged)
     merged.eliminate_dead_code()
     merged = rewrite(merged)
+    _one_view_each(merged, forward_outputs)
     merged.owning_module = joint  # where the constants of the captured graph are looked up
     return JointReader(merged, roles or {}, device).read(forward_outputs)

@@ -494,6 +494,11 @@ def test_one_strategy_and_one_input_need_no_list():
             eager(copy.deepcopy(base), strategies=wrong)
 
 
+def test_strategies_that_cannot_train_a_model():
+    with pytest.raises(OptionError, match='(?s)by invert alone.*allow "checkpoint" or "keep"'):
+        eager(chain(), strategies="invert")(torch.randn(4, 8))
+
+
 def test_an_unknown_option_names_the_nearest():
     with pytest.raises(TypeError, match="buget"):
         moonwalk_compile(chain(), buget="60%")

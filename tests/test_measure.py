@@ -151,6 +151,12 @@ def test_gradient_error_is_relative_and_the_maximum():
     assert gradient_error(actual, reference) == pytest.approx(0.1, rel=1e-5)
 
 
+def test_gradient_error_of_complex_gradients():
+    reference = {"a": torch.full((4,), 3 + 4j), "b": torch.full((4,), 1.0)}
+    assert gradient_error(reference, reference) == 0
+    assert gradient_error({**reference, "a": reference["a"] + 0.5j}, reference) == pytest.approx(0.1, rel=1e-5)
+
+
 def test_gradient_error_of_a_zero_gradient_is_relative_to_its_share():
     reference = {"a": torch.full((300,), 2.0), "b": torch.zeros(100)}
     actual = {"a": reference["a"], "b": torch.full((100,), 1e-6)}

@@ -372,6 +372,23 @@ class Couplings(nn.Module):
         return torch.cat((a, b), -1)
 
 
+class ComplexCouplings(nn.Module):
+    """Affine couplings of complex numbers; their gradients read one view of a stream in several blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(4, 4, dtype=torch.complex64) / 2) for _ in range(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.view_as_complex(x).chunk(2, -1)
+        for weight in self.weights:
+            shift = b @ weight.T
+            factor = torch.exp(torch.complex(torch.tanh(shift.real), F.gelu(shift.imag)))
+            a, b = b, a * factor + shift
+        return torch.view_as_real(torch.cat((a, b), -1))
+
+
 def floats(*shape: int, grad: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator(DEVICE).manual_seed(sum(shape))
     return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_(grad)
@@ -409,6 +426,7 @@ CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
     "orthogonal chain": lambda: (orthogonal_chain(), (floats(16, 8),)),
     "couplings": lambda: (Couplings(), (floats(16, 8),)),
     "couplings with dropout": lambda: (Couplings(0.3), (floats(16, 8),)),
+    "complex couplings": lambda: (ComplexCouplings(), (floats(16, 8, 2),)),
     "one-hot": lambda: (Routed(), (floats(32, 6),)),
     "two signs": lambda: (TwoSigns(), (floats(64, 16),)),
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moonwalk_compile import moonwalk_compile
+from moonwalk_compile import CaptureError, moonwalk_compile
 from moonwalk_compile.measure import compare_steps
 from moonwalk_compile.uncaptured import decided, flags_of
 
@@ -62,6 +62,31 @@ class Stack(nn.Module):
 
 def loss(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).square().mean()
+
+
+class Masked(nn.Module):
+    """How many rows the second layer gets, only the data tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(y[x[:, 0] > 0])
+
+
+def test_sizes_that_depend_on_data_are_named() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 8)
+    with pytest.raises(CaptureError, match=r"sizes depend on data .*self\.second\(y\[x\[:, 0\] > 0\]\)"):
+        loss(moonwalk_compile(Masked(), lowering="eager", budget="90%"), x)
+    base = Masked()
+    model = moonwalk_compile(copy.deepcopy(base), lowering="eager")
+    with pytest.warns(UserWarning, match="trains plain.*sizes depend on data"):
+        loss(model, x).backward()
+    model.zero_grad()
+    assert compare_steps(model, base, loss, [x]).exact
 
 
 def test_a_model_that_initialises_itself_is_compiled_afterwards() -> None:
