@@ -495,7 +495,7 @@ def test_one_strategy_and_one_input_need_no_list():
 
 
 def test_strategies_that_cannot_train_a_model():
-    with pytest.raises(OptionError, match='(?s)by invert alone.*allow "checkpoint" or "keep"'):
+    with pytest.raises(OptionError, match=r'(?s)by invert alone.*allow "checkpoint" or "keep"'):
         eager(chain(), strategies="invert")(torch.randn(4, 8))
 
 

@@ -241,12 +241,13 @@ def _of_length(reader: Reader, x: int, statistic: int, n: int, norm: Norm) -> It
     """g = h / n + w x / |x|, with w = sum(-h (x / n / n)) where |x| is not clamped."""
     ratio = _quotients(reader, x, n)
     twice = [value for quotient in ratio for value in _quotients(reader, quotient, n)]
+    lengths = _aliases(reader, statistic)
     units = [
         fill.gives[0]
-        for alias in _aliases(reader, statistic)
+        for alias in lengths
         for quotient in _quotients(reader, x, alias)
         for fill in _read_by(reader, (quotient,), "masked_fill", 0)
-        if (zeros := _made(reader, reader.value(fill, 1), "eq", 0)) is not None and zeros.needs == (alias,)
+        if (zeros := _made(reader, reader.value(fill, 1), "eq", 0)) is not None and zeros.needs[0] in lengths
     ]
     for choice in reader.edges("where"):
         mask, total, zero = (reader.value(choice, place) for place in range(3))
