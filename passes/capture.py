@@ -42,11 +42,12 @@ class JointReader:
 
     def read(self, forward_outputs: int) -> Capture:
         nodes = list(self.joint.nodes)
+        self.after_tangents, self.in_forward = mark_stages(nodes, nodes[-1].args[0][:forward_outputs])
+        self._one_view_each(nodes)
         results = list(nodes[-1].args[0])
-        self.after_tangents, self.in_forward = mark_stages(nodes, results[:forward_outputs])
         tangents: list[int] = []
         primals: list[int] = []
-        for node in nodes:
+        for node in self.joint.nodes:
             if node.op == "placeholder":
                 (tangents if is_tangent(node) else primals).append(self._add_input(node, len(primals)))
             elif node.op in ("call_function", "get_attr"):
@@ -62,6 +63,14 @@ class JointReader:
             self._differentiated(forward_outputs),
         )
         return Capture(graph, {index: node for node, index in self.index.items()})
+
+    def _one_view_each(self, nodes: Sequence[fx.Node]) -> None:
+        """A view that only the backward pass reads is made once for each reader: shared, it ties their blocks."""
+        for node in reversed(nodes):
+            if self._stage(node) == "late" and is_view(node):
+                for user in list(node.users)[1:]:
+                    with self.joint.inserting_after(node):
+                        user.replace_input_with(node, self.joint.node_copy(node))
 
     def _stage(self, node: fx.Node) -> Stage:
         if node in self.after_tangents:
@@ -193,11 +202,10 @@ class SizeUnknown(Exception):
     """Names the operation that makes sizes depend on data, and the line that calls it."""
 
     def __init__(self, node: fx.Node) -> None:
-        name = base_name(node.target) if node.op == "call_function" else node.name
         trace = (node.meta.get("stack_trace") or "").strip().splitlines()
         places = [place for place, line in enumerate(trace) if line.lstrip().startswith("File ")]
         where = ": ".join(line.strip() for line in trace[places[-1] :][:2]) if places else "nothing says where"
-        super().__init__(f"sizes depend on data from `{name}` on ({where})")
+        super().__init__(f"sizes depend on data from `{base_name(node.target)}` on ({where})")
 
 
 def _inline_sizes(graph: fx.Graph) -> None:
@@ -219,18 +227,6 @@ def _drop_running_statistics(graph: fx.Graph) -> None:
             node.args = (*node.args[:3], None, None, *node.args[5:])
 
 
-def _one_view_each(graph: fx.Graph, forward_outputs: int) -> None:
-    """A view that only the backward pass reads is made once for each reader: shared, it ties their blocks together."""
-    nodes = list(graph.nodes)
-    after_tangents, in_forward = mark_stages(nodes, nodes[-1].args[0][:forward_outputs])
-    for node in reversed(nodes):
-        if not is_view(node) or node in after_tangents or node in in_forward:
-            continue
-        for user in list(node.users)[1:]:
-            with graph.inserting_after(node):
-                user.replace_input_with(node, graph.node_copy(node))
-
-
 def read_joint(
     joint: fx.GraphModule,
     forward_outputs: int,
@@ -247,6 +243,5 @@ def read_joint(
     _drop_running_statistics(merged)
     merged.eliminate_dead_code()
     merged = rewrite(merged)
-    _one_view_each(merged, forward_outputs)
     merged.owning_module = joint  # where the constants of the captured graph are looked up
     return JointReader(merged, roles or {}, device).read(forward_outputs)
