@@ -18,6 +18,7 @@ from .passes.emit import Segment
 from .passes.fusion import unmaterialised
 from .passes.liveness import simulate
 from .passes.lower import Half
+from .passes.opaque import has_pieces
 from .passes.plan import Planned, Planner
 from .passes.program import Program
 from .passes.sizes import left_unused, promised
@@ -31,6 +32,17 @@ SPARE = 0.002  # part of a budget that is taken off in addition where generated 
 
 EASY = 1.02  # of plain's time: of a plan that takes less, no other is looked for
 BETTER = 0.98  # of the time or the peak of another plan, to be worth a graph of more operations
+
+
+class TooSlow(Exception):
+    """No plan keeps to `max_slowdown`, as what has sizes that depend on data is computed again in any."""
+
+    def __init__(self, ratio: float, allowed: float) -> None:
+        super().__init__(
+            f"what has sizes that depend on data would be computed twice, for {ratio:.2f} times the time, and "
+            f"max_slowdown is {allowed:g}: allow more, or give a budget"
+        )
+
 
 Certificates = dict[tuple[str, int], Certificate]
 Known = dict[bool, Certificates]  # of the blocks of a graph as it was captured, and of those of the same graph in parts
@@ -184,6 +196,8 @@ class Chooser:
         if self.options.budget is None:
             limit = self.options.max_slowdown * plain.seconds
             planned = planner.slowed(limit)
+            if planned.seconds > limit and has_pieces(planner.analysis.graph):
+                raise TooSlow(planned.seconds / plain.seconds, self.options.max_slowdown)
             return planner.tidied(planned, planned.peak, limit)
         budget = self.options.budget.resolve(plain.peak) - less
         if plain.peak <= budget and "keep" in self.options.strategies:

@@ -12,6 +12,7 @@ from .passes.graph import Role, Value
 from .passes.inverse import INVERTED
 from .passes.liveness import Timeline
 from .passes.lower import Half
+from .passes.opaque import has_pieces
 from .passes.plan import Planned, Planner
 from .report import Plan, Segment
 from .units import format_bytes
@@ -74,6 +75,11 @@ def _notes(planner: Planner, planned: Planned, options: Options) -> tuple[str, .
     spare = spare_output(planner)
     if spare is not None:
         notes.append(f"an output and its gradient, {format_bytes(spare.bytes)} each, are held: {OUTPUTS_TODO}")
+    if has_pieces(planner.analysis.graph):
+        notes.append(
+            "where sizes depend on data they count as large as they may get, in plain's figures too; what has them is "
+            "computed again in the backward pass, whatever is kept"
+        )
     return tuple(notes)
 
 

@@ -8,7 +8,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor
+from torch import SymBool, SymFloat, SymInt, Tensor
 from torch._C import _dispatch_has_kernel_for_dispatch_key
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import lookup_backend
@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
+UNBOUNDED = 1 << 48  # elements: more than any tensor has
 SIZES = 64  # input sizes for which one model is compiled
 NOT_ON_FAKE_TENSORS = (
     DataDependentOutputException,
@@ -102,8 +103,17 @@ def is_composite(operator: OpOverload) -> bool:
 
 
 def depends_on_data(value: Any) -> bool:
-    """Whether a size in what a node gives, by its metadata, is only known when the step runs."""
-    return any(free_unbacked_symbols(leaf) for leaf in tree_flatten(value)[0] if isinstance(leaf, (Tensor, SymInt)))
+    """Whether a size or a number in what a node gives, by its metadata, is only known when the step runs."""
+    kinds = (Tensor, SymInt, SymFloat, SymBool)
+    return any(free_unbacked_symbols(leaf) for leaf in tree_flatten(value)[0] if isinstance(leaf, kinds))
+
+
+def largest(size: int | SymInt) -> int | None:
+    """The most that a size may come to by what is known of it; None if that is not much."""
+    if isinstance(size, int):
+        return size
+    bound = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return int(bound) if bound.is_finite and bound < UNBOUNDED else None
 
 
 def global_optimizer_hooks() -> bool:
@@ -139,6 +149,7 @@ __all__ = [
     "in_own_frame",
     "is_composite",
     "is_retained",
+    "largest",
     "lookup_backend",
     "min_cut_rematerialization_partition",
     "tree_flatten",

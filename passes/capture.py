@@ -13,7 +13,9 @@ from torch import Tensor, fx
 from ._torch_compat import depends_on_data, fx_graph_cse
 from .cost import Device, base_name, operations_seconds, qualified_name
 from .graph import Edge, Graph, Ref, Role, Stage, Value
+from .nodes import is_effect, is_random, is_tangent, is_view, mark_stages, tuple_items
 from .trace import Recorder
+from .unknown_sizes import enclose_unknown_sizes
 
 
 @dataclass(frozen=True)
@@ -138,58 +140,6 @@ class JointReader:
         return frozenset(edge.needs[0] for edge in self.edges if edge.effect and edge.label.endswith("_"))
 
 
-def mark_stages(nodes: Sequence[fx.Node], outputs: Sequence[Any]) -> tuple[set[fx.Node], set[fx.Node]]:
-    """The nodes that depend on tangents, and those that the forward pass needs for its outputs and effects."""
-    after_tangents: set[fx.Node] = set()
-    for node in nodes:
-        if is_tangent(node) or any(argument in after_tangents for argument in node.all_input_nodes):
-            after_tangents.add(node)
-    wanted = {output for output in outputs if isinstance(output, fx.Node)}
-    in_forward: set[fx.Node] = set()
-    for node in reversed(nodes):
-        effect = node.op == "call_function" and is_effect(node) and node not in after_tangents
-        if (node in wanted or effect) and node.op != "output":
-            in_forward.add(node)
-            wanted.update(node.all_input_nodes)
-    return after_tangents, in_forward
-
-
-def tuple_items(node: fx.Node) -> list[fx.Node]:
-    """The `getitem` nodes of a tuple operation, in order of position."""
-    if not isinstance(node.meta.get("val"), (tuple, list)):
-        return []
-    items = [user for user in node.users if user.target is operator.getitem]
-    return sorted(items, key=lambda user: int(str(user.args[1])))
-
-
-def is_tangent(node: fx.Node) -> bool:
-    return node.op == "placeholder" and "tangents" in str(node.target)
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether the call draws random numbers. Fused attention carries the tag, but without dropout it draws none."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-        return False
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    if "dropout_p" not in names:
-        return True
-    place = names.index("dropout_p")
-    given = node.args[place] if place < len(node.args) else node.kwargs.get("dropout_p", 0.0)
-    return bool(given != 0.0)
-
-
-def is_effect(node: fx.Node) -> bool:
-    """Mutations, and calls without any tensor result (assertions): emitted once, in their place."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and (schema.is_mutable or not schema.returns)
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether the call gives another view of what it reads, and changes nothing."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and not schema.is_mutable and any(given.alias_info for given in schema.returns)
-
-
 def _replace_argument(user: fx.Node, node: fx.Node, number: int) -> None:
     def replaced(argument: fx.Node) -> Any:
         return number if argument is node else argument
@@ -198,23 +148,11 @@ def _replace_argument(user: fx.Node, node: fx.Node, number: int) -> None:
     user.kwargs = fx.node.map_arg(user.kwargs, replaced)
 
 
-class SizeUnknown(Exception):
-    """Names the operation that makes sizes depend on data, and the line that calls it."""
-
-    def __init__(self, node: fx.Node) -> None:
-        trace = (node.meta.get("stack_trace") or "").strip().splitlines()
-        places = [place for place, line in enumerate(trace) if line.lstrip().startswith("File ")]
-        where = ": ".join(line.strip() for line in trace[places[-1] :][:2]) if places else "nothing says where"
-        super().__init__(f"sizes depend on data from `{base_name(node.target)}` on ({where})")
-
-
 def _inline_sizes(graph: fx.Graph) -> None:
     """Sizes that are inputs, or computed, become the integers they stand for: a plan holds for one set of sizes."""
     for node in graph.nodes:
         size = node.meta.get("val")
-        if node.op == "call_function" and depends_on_data(size):
-            raise SizeUnknown(node)
-        if not isinstance(size, (torch.SymInt, int)) or isinstance(size, bool):
+        if not isinstance(size, (torch.SymInt, int)) or isinstance(size, bool) or depends_on_data(size):
             continue
         for user in list(node.users):
             _replace_argument(user, node, int(size))
@@ -239,6 +177,7 @@ def read_joint(
     `rewrite` may then put another graph with the same inputs and outputs in its place.
     """
     _inline_sizes(joint.graph)
+    enclose_unknown_sizes(joint, forward_outputs)
     merged = fx_graph_cse(joint.graph)
     _drop_running_statistics(merged)
     merged.eliminate_dead_code()

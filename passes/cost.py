@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from ._torch_compat import disable_current_modes, tree_flatten, tree_map
 from .bits import PACKING, UNPACKING, pack_bits, unpack_two
 from .graph import Edge, Operation
+from .opaque import OPAQUE, piece_of
 from .trials import Like
 
 
@@ -169,6 +170,9 @@ def fused_arithmetic(operation: Operation, device: Device) -> float:
 def operation_seconds(operation: Operation, device: Device) -> float:
     if not operation.new:
         return 0.0
+    if operation.target is OPAQUE:  # as captured, whatever is done with the graph around it
+        inner = (instruction.operation for instruction in piece_of(operation.args).program.instructions)
+        return operations_seconds(inner, replace(device, fused=False))
     if device.fused and is_fused(operation):  # of what it reads and writes, about half stays within a loop
         passes = 2 if base_name(operation.target) in IMAGES else 1
         return max(passes * operation.moved / 2 / device.bandwidth, fused_arithmetic(operation, device))

@@ -36,8 +36,8 @@ from ._torch_compat_inductor import (
     select_decomp_table,
     tracing,
 )
-from .capture import is_random
 from .layout import CONVOLUTIONS, channels_last, lay_out
+from .nodes import is_random
 from .wrapper_memory import MemoryEvent, OutputStorage, ProfileUnknown, Workspace, no_workspace, peak, replay, separate
 
 __all__ = [

@@ -21,7 +21,7 @@ import numpy as np
 
 from .bits import unpack_two
 from .certificates import Certificate, chain_error
-from .cost import Device, base_name
+from .cost import Device, base_name, operations_seconds
 from .costs import Cost, backward_program, segment_cost
 from .emit import Schedule, Segment, Unreachable, emit
 from .fronts import FRONT, LONG, Floats, Front, Table, column, extend, start
@@ -29,6 +29,8 @@ from .fusion import program_seconds
 from .inverse import INVERTED
 from .liveness import Timeline
 from .moves import Move, MoveMaker
+from .opaque import OPAQUE, Piece, piece_of
+from .program import Instruction
 from .reuse import simulated
 from .solutions import Facts, waiting_seconds
 
@@ -329,8 +331,8 @@ class Planner:
         """Plain backpropagation, as PyTorch runs it: all that the backward pass reads is kept, nothing written over."""
         workspaces = self.facts.workspace
         facts = Facts(self.analysis, workspace=None if workspaces is None else workspaces.plain)
-        segments = self._all_kept()
-        return measure_schedule(facts, segments, emit(facts, segments), device=self.analysis.device.plain)
+        segments, device = self._all_kept(), self.analysis.device.plain
+        return without_pieces(measure_schedule(facts, segments, emit(facts, segments), device=device), device)
 
     @cached_property
     def loose(self) -> Planned:
@@ -422,6 +424,26 @@ class Planner:
             middle = math.sqrt(low * high)
             low, high = (low, middle) if enough(middle) else (middle, high)
         return high
+
+
+def without_pieces(planned: Planned, device: Device) -> Planned:
+    """As if nothing were computed again for having sizes that depend on data, but kept."""
+    schedule, during, kept = planned.schedule, list(planned.backward.during), 0
+    for place in reversed(range(len(during))):
+        during[place] += kept
+        kept += sum(piece.kept for piece in _pieces(schedule.backward.instructions[place : place + 1]))
+    again = [
+        piece.program.instructions[place].operation
+        for piece in _pieces((*schedule.forward.instructions, *schedule.backward.instructions))
+        for place in piece.again
+    ]
+    backward = Timeline(tuple(during), planned.backward.start + kept, planned.backward.final)
+    seconds = planned.seconds - operations_seconds(again, replace(device, fused=False))
+    return replace(planned, backward=backward, seconds=seconds)
+
+
+def _pieces(instructions: Iterable[Instruction]) -> list[Piece]:
+    return [piece_of(i.operation.args) for i in instructions if i.operation.target is OPAQUE]
 
 
 def measure_schedule(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from ._torch_compat import disable_current_modes
-from .capture import is_effect, is_random, mark_stages, tuple_items
+from .nodes import is_effect, is_random, mark_stages, tuple_items
 from .rows import Rows, Treated, alike, constant, leading, shape_of, treat
 from .sizes import storage_bytes
 

@@ -27,6 +27,8 @@ from ._torch_compat_inductor import (
 )
 from .graph import Call, Operation
 from .layout import laid_out
+from .liveness import simulate
+from .opaque import OPAQUE, Piece, piece_of
 from .sizes import allocated
 from .trials import Like, frozen_call, made_up, may_be_tried, shortened
 from .wrapper_memory import ProfileUnknown
@@ -47,10 +49,18 @@ class Workspaces:
     def __call__(self, operation: Operation) -> int:
         if operation.call is None or not operation.borrows:
             return 0
+        if id(operation) not in self.known and operation.target is OPAQUE:
+            self.known[id(operation)] = operation, self._within(piece_of(operation.args))
         if id(operation) not in self.known:
             call = laid_out(operation.call, self.as_plain) if self.fused else operation.call
             self.known[id(operation)] = operation, self._of(*call) + copied_bytes(operation.call, call)
         return self.known[id(operation)][1]
+
+    def _within(self, piece: Piece) -> int:
+        """What a piece of a graph holds beside what goes in and comes out, called as captured."""
+        outside = {value: (value, 0) for _, value in piece.program.inputs}
+        timeline = simulate(piece.program, outside, workspace=replace(self, fused=False, known={}))
+        return max(0, timeline.peak - sum(like.bytes for like in piece.results))
 
     @property
     def plain(self) -> Workspaces:
@@ -59,6 +69,8 @@ class Workspaces:
 
     def of_call(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
         """Of a call in a generated wrapper: a `wrapper_memory.Workspace`."""
+        if target is OPAQUE:
+            return self._within(piece_of(args))
         return self._of(target, *frozen_call(args, kwargs))
 
     def _of(self, target: Any, args: Any, kwargs: Any) -> int:

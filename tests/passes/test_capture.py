@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from moonwalk_compile.passes.capture import is_effect, is_random
+from moonwalk_compile.passes.nodes import is_effect, is_random
 from moonwalk_compile.testing import capture_joint
 
 aten = torch.ops.aten
