@@ -9,7 +9,7 @@ their work, one directly behind another, come out of one operation.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,9 +39,8 @@ class Group:
     again: set[fx.Node] = field(default_factory=set)
     kept: list[fx.Node] = field(default_factory=list)
 
-    def members(self, nodes: Sequence[fx.Node]) -> list[fx.Node]:
-        own = self.inside.union(self.results)
-        return [node for node in nodes if node in own]
+    def members(self, order: Mapping[fx.Node, int]) -> list[fx.Node]:
+        return sorted(self.inside.union(self.results), key=order.__getitem__)
 
 
 def enclose_unknown_sizes(joint: fx.GraphModule, forward_outputs: int) -> None:
@@ -56,8 +55,9 @@ def enclose_unknown_sizes(joint: fx.GraphModule, forward_outputs: int) -> None:
     groups = grouped(nodes, inside, after_tangents, in_forward)
     place_checks(nodes, inside, groups)
     compare_with_plain(nodes, groups, in_forward)
+    order = {node: place for place, node in enumerate(nodes)}
     for group in groups:
-        _replace(joint.graph, group, nodes)
+        _replace(joint.graph, group, order)
     for node in reversed(nodes):
         if node in inside or (not node.users and inside.intersection(node.all_input_nodes)):
             joint.graph.erase_node(node)
@@ -172,18 +172,18 @@ def compare_with_plain(nodes: Sequence[fx.Node], groups: Sequence[Group], in_for
         if group.results[0] in in_forward:
             continue
         own = group.inside.union(group.results) - group.again
-        for node in nodes:
+        for node in group.again & in_forward:
             value = node.meta.get("val")
-            if node in group.again & in_forward and isinstance(value, Tensor) and own.intersection(node.users):
+            if isinstance(value, Tensor) and own.intersection(node.users):
                 key = value.untyped_storage()._cdata
                 if key not in counted:
                     counted.add(key)
                     group.kept.append(node)
 
 
-def _replace(graph: fx.Graph, group: Group, nodes: Sequence[fx.Node]) -> None:
+def _replace(graph: fx.Graph, group: Group, order: Mapping[fx.Node, int]) -> None:
     """One operation where the last result was; what reads an earlier one and stood before it follows."""
-    members = group.members(nodes)
+    members = group.members(order)
     own = set(members)
     operands = list(dict.fromkeys(read for node in members for read in node.all_input_nodes if read not in own))
     if not operands:
@@ -197,7 +197,7 @@ def _replace(graph: fx.Graph, group: Group, nodes: Sequence[fx.Node]) -> None:
         items = [graph.call_function(operator.getitem, (call, place)) for place in range(len(group.results))]
     end = items[-1]
     late = set(group.results)
-    for node in nodes[nodes.index(first) : nodes.index(last)]:
+    for node in list(order)[order[first] : order[last]]:
         if node not in own and late.intersection(node.all_input_nodes):
             late.add(node)
             end.append(node)
