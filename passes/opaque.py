@@ -6,7 +6,7 @@ meanwhile and how long it takes are those of the largest sizes that may come up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,18 @@ def _run(operands: Sequence[Tensor], piece: str) -> list[Tensor]:
         results.append(result if own and result.stride() == like.stride else _copy(result, like))
         memory.add(results[-1].untyped_storage().data_ptr())
     return results
+
+
+def draw(seed: Tensor, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What an operation gives when the generator starts from a seed; the generator then goes on from where it was."""
+    device = next((item.device for item in (*args, *kwargs.values()) if isinstance(item, Tensor)), seed.device)
+    generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
+    state = generator.get_state()
+    generator.manual_seed(int(seed))
+    try:
+        return operation(*args, **kwargs)
+    finally:
+        generator.set_state(state)
 
 
 def _copy(result: Tensor, like: Like) -> Tensor:

@@ -9,22 +9,23 @@ their work, one directly behind another, come out of one operation.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ._torch_compat import depends_on_data, tree_flatten
+from ._torch_compat import depends_on_data, detect_fake_mode, disable_current_modes, tree_flatten
 from .cost import base_name
 from .enclosed import GENERATED, SizeUnknown, piece_of_graph
 from .nodes import is_effect, is_random, mark_stages
-from .opaque import OPAQUE
+from .opaque import OPAQUE, draw
 from .trace import storage_keys, tensors_of
 
 aten = torch.ops.aten
 NEW = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default}
+SEEDS = 1 << 62
 
 
 @dataclass
@@ -45,10 +46,12 @@ class Group:
 
 def enclose_unknown_sizes(joint: fx.GraphModule, forward_outputs: int) -> None:
     """Rewrite the graph, in place, so that every size in it is fixed. Raises `SizeUnknown` where that cannot be."""
-    nodes = list(joint.graph.nodes)
-    inside = find_inside(nodes)
+    inside = find_inside(joint.graph.nodes)
     if not inside:
         return
+    draw_by_seeds(joint.graph, inside)
+    nodes = list(joint.graph.nodes)
+    inside = find_inside(nodes)
     refuse(nodes, inside)
     outputs: Any = nodes[-1].args[0]
     after_tangents, in_forward = mark_stages(nodes, outputs[:forward_outputs])
@@ -65,7 +68,7 @@ def enclose_unknown_sizes(joint: fx.GraphModule, forward_outputs: int) -> None:
     joint.recompile()
 
 
-def find_inside(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+def find_inside(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """What has no fixed size, tuples that come from such values, and new tensors that are filled with them."""
     inside: set[fx.Node] = set()
     for node in nodes:
@@ -92,14 +95,30 @@ def refuse(nodes: Sequence[fx.Node], inside: set[fx.Node]) -> None:
         name = base_name(node.target)
         if node.op == "output":
             raise SizeUnknown(first, "a tensor of such a size leaves the model")
-        if is_random(node):
-            raise SizeUnknown(first, f"`{name}` draws random numbers there")
         if is_effect(node) and node.target._schema.is_mutable:  # type: ignore[union-attr]
             raise SizeUnknown(first, f"`{name}` changes a tensor there")
         if not isinstance(node.meta.get("val"), Tensor) and not (node in inside or _is_check(node)):
             raise SizeUnknown(first, f"what `{name}` gives is no tensor")
         if any(depends_on_data(leaf) for leaf in tree_flatten((node.args, node.kwargs))[0]):
             raise SizeUnknown(first, f"no operation says what `{name}` is called with")
+
+
+def draw_by_seeds(graph: fx.Graph, inside: set[fx.Node]) -> None:
+    """Where the data tell how many random numbers are drawn, a seed is drawn before: so who computes them again draws
+    the same."""
+    for node in list(graph.nodes):
+        if not is_random(node) or not (node in inside or inside.intersection(node.all_input_nodes)):
+            continue
+        tensor = next(leaf for read in node.all_input_nodes for leaf in tensors_of(read.meta.get("val")))
+        mode = detect_fake_mode([tensor])
+        assert mode is not None
+        with disable_current_modes(), mode, graph.inserting_before(node):
+            seed = graph.call_function(aten.randint.default, (SEEDS, [1]), {"dtype": torch.int64, "device": "cpu"})
+            seed.meta = {**node.meta, "val": torch.empty(1, dtype=torch.int64)}
+            drawn = graph.call_function(draw, (seed, node.target, *node.args), dict(node.kwargs))
+            drawn.meta = dict(node.meta)
+        node.replace_all_uses_with(drawn)
+        graph.erase_node(node)
 
 
 def _is_check(node: fx.Node) -> bool:
