@@ -254,6 +254,30 @@ def test_what_is_asserted_of_sizes_is_asserted() -> None:
         model(*batch(1.0))
 
 
+class Counted(MaskedLoss):
+    """Words that were asked for are counted, and the rows that were not are zeroed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(WORDS))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        asked = y[y >= 0]
+        self.seen.index_add_(0, asked, torch.ones_like(asked, dtype=torch.float32))
+        h = self.hidden(x).clone()
+        h[(y < 0).nonzero().squeeze(1)] = 0
+        return F.cross_entropy(self.head(h), y.clamp_min(0))
+
+
+def test_tensors_that_are_changed_in_place() -> None:
+    base = Counted()
+    model = compiled(base, budget="80%")
+    for _ in range(3):
+        assert compare_steps(model, base, loss, batch()).exact
+    assert model.seen.equal(base.seen)
+    assert model.seen.sum() > 0
+
+
 class Watched(MaskedLoss):
     """A share of right answers beside the loss, and something that nobody needs."""
 
