@@ -51,7 +51,7 @@ def piece_of_graph(
         copies[operand].meta["val"] = sizes.fixed(operand.meta["val"])
     for node in members:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), copies.__getitem__)
-        copies[node] = graph.call_function(_target(node), tuple(map(_unnamed, args)), kwargs)
+        copies[node] = graph.call_function(target_of(node), tuple(map(_unnamed, args)), kwargs)
         copies[node].meta["val"] = sizes.of(node.meta.get("val"))
     graph.output([copies[result] for result in results])
     layouts = [_layout(node.meta.get("val")) for node in graph.nodes]
@@ -64,7 +64,7 @@ def piece_of_graph(
     return name
 
 
-def _target(node: fx.Node) -> Callable[..., Any]:
+def target_of(node: fx.Node) -> Callable[..., Any]:
     assert callable(node.target)
     return node.target
 

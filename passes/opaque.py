@@ -55,7 +55,8 @@ def _run(operands: Sequence[Tensor], piece: str) -> list[Tensor]:
     memory = {operand.untyped_storage().data_ptr() for operand in operands}
     results = []
     for result, like in zip(found.module(*operands), found.results, strict=True):
-        own = result.untyped_storage().data_ptr() not in memory
+        storage = result.untyped_storage()
+        own = storage.data_ptr() not in memory and storage.nbytes() <= like.bytes
         results.append(result if own and result.stride() == like.stride else _copy(result, like))
         memory.add(results[-1].untyped_storage().data_ptr())
     return results

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from ._torch_compat import depends_on_data, detect_fake_mode, disable_current_modes, tree_flatten
 from .cost import base_name
-from .enclosed import GENERATED, SizeUnknown, piece_of_graph
+from .enclosed import GENERATED, SizeUnknown, piece_of_graph, target_of
 from .nodes import is_effect, is_random, mark_stages
 from .opaque import OPAQUE, draw
 from .trace import storage_keys, tensors_of
@@ -211,7 +211,6 @@ def _replace(graph: fx.Graph, group: Group, order: Mapping[fx.Node, int]) -> Non
     with graph.inserting_before(last):
         piece = piece_of_graph(members, operands, group.results, group.again, group.kept)
         call = graph.call_function(OPAQUE, (operands, piece))
-        call.meta = {**first.meta, "val": [result.meta["val"] for result in group.results]}
         stack = _module_stack(members)
         items = [graph.call_function(operator.getitem, (call, place)) for place in range(len(group.results))]
     end = items[-1]
@@ -224,6 +223,33 @@ def _replace(graph: fx.Graph, group: Group, order: Mapping[fx.Node, int]) -> Non
     for item, result in zip(items, group.results, strict=True):
         item.meta = {**result.meta, "nn_module_stack": stack}
         result.replace_all_uses_with(item)
+        if _shares_memory(result, (*operands, *members)):
+            _own_memory(graph, item)
+    call.meta = {**first.meta, "val": [item.meta["val"] for item in items]}
+
+
+def _shares_memory(result: fx.Node, others: Sequence[fx.Node]) -> bool:
+    (key,) = storage_keys([result.meta["val"]])
+    parent = result.args[0] if result.target is operator.getitem else None
+    return any(
+        key in storage_keys(tensors_of(other.meta.get("val"))) for other in others if other not in (result, parent)
+    )
+
+
+def _own_memory(graph: fx.Graph, item: fx.Node) -> None:
+    """Views come out as tensors of their own; views of these are views of them."""
+    view = item.meta["val"]
+    (key,) = storage_keys([view])
+    mode = detect_fake_mode([view])
+    assert mode is not None
+    with disable_current_modes(), mode:
+        item.meta["val"] = torch.empty_strided(view.size(), view.stride(), dtype=view.dtype, device=view.device)
+        renewed = {item}
+        for node in graph.nodes:
+            if renewed.intersection(node.all_input_nodes) and key in storage_keys(tensors_of(node.meta.get("val"))):
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda read: read.meta["val"])
+                node.meta["val"] = target_of(node)(*args, **kwargs)
+                renewed.add(node)
 
 
 def _module_stack(members: Sequence[fx.Node]) -> dict[str, Any]:

@@ -254,6 +254,29 @@ def test_what_is_asserted_of_sizes_is_asserted() -> None:
         model(*batch(1.0))
 
 
+class First(Net):
+    """Views of a tensor that is as long as the data tell, and of one that is not, and a view of these."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = self.hidden(x)
+        start = int((y[:5] >= 0).sum().item())
+        torch._check(start >= 0)
+        torch._check(start <= 5)
+        padded = torch.cat([h[y >= 0], h])
+        return (
+            padded[:ROWS].square().sum()
+            + h.narrow(0, start, 8).view(4, -1).square().sum()
+            + h[:, None].flatten(0, 1)[start:].mean()
+        )
+
+
+def test_views() -> None:
+    base = First()
+    model = compiled(base, max_slowdown=3)
+    for marked in (0.0, 0.5, 1.0):
+        assert compare_steps(model, base, loss, batch(marked)).exact
+
+
 class Counted(MaskedLoss):
     """Words that were asked for are counted, and the rows that were not are zeroed in place."""
 
