@@ -1,4 +1,4 @@
-"""Models of transformers, timm and diffusers as they come, under a budget: do peaks hold, are gradients exact?
+"""Models of transformers, timm, diffusers and torch_geometric under a budget: do peaks hold, are gradients exact?
 
     python benchmarks/libraries.py [--case 'timm/*']... [--lowering eager|inductor] [--budget 50] [--json FILE]
 

@@ -245,8 +245,25 @@ DIFFUSERS = {
     ),
 }
 
-CASES = {
-    f"{library}/{name}": case
-    for library, cases in (("transformers", TRANSFORMERS), ("timm", TIMM), ("diffusers", DIFFUSERS))
-    for name, case in cases.items()
+# -- torch_geometric ---------------------------------------------------------------------------------------------------
+
+
+def geometric(name: str, options: dict[str, Any]) -> Case:
+    def build() -> Built:
+        models = importlib.import_module("torch_geometric.nn.models")
+        nodes, width = 2000, 64
+        arguments = {"x": torch.randn(nodes, width), "edge_index": torch.randint(nodes, (2, 8 * nodes))}
+        return getattr(models, name)(width, width, 6, **options), arguments
+
+    return Case("torch_geometric", build)
+
+
+GEOMETRIC = {
+    "gcn": geometric("GCN", {}),  # of how many edges there are after self-loops are added, only the data tell
+    "gat": geometric("GAT", {"heads": 4}),
+    "sage": geometric("GraphSAGE", {}),
+    "gin": geometric("GIN", {"norm": "batch_norm"}),
 }
+
+LIBRARIES = {"transformers": TRANSFORMERS, "timm": TIMM, "diffusers": DIFFUSERS, "torch_geometric": GEOMETRIC}
+CASES = {f"{library}/{name}": case for library, cases in LIBRARIES.items() for name, case in cases.items()}
