@@ -40,7 +40,7 @@ from .passes.solutions import Facts
 from .passes.split import Region, find_region, split
 from .passes.timing import Clock, cache_folder
 from .passes.workspace import Workspaces
-from .passes.wrapper_memory import ProfileUnknown, Workspace, no_workspace
+from .passes.wrapper_memory import ProfileUnknown, Workspace
 from .pause import collector_paused
 from .report import Plan
 
@@ -186,7 +186,7 @@ class Session:
         )
         workspaces = self._workspaces()
         self.facts = self._facts(workspaces)
-        self.lowerer = self._lowerer(joint, workspaces.of_call if workspaces else no_workspace)
+        self.lowerer = self._lowerer(joint, workspaces.of_call)
         self.planner = self._planner()
 
     def _rewritten(self, forward_outputs: int, graph: fx.Graph) -> fx.Graph:
@@ -201,7 +201,7 @@ class Session:
         unfit = {"split"} if self.invertible else {"split", *INVERTED}
         return tuple(strategy for strategy in self.options.strategies if strategy not in unfit)
 
-    def _facts(self, workspaces: Workspaces | None, freed: frozenset[int] = frozenset()) -> Facts:
+    def _facts(self, workspaces: Workspaces, freed: frozenset[int] = frozenset()) -> Facts:
         assert self.analysis is not None
         return Facts(self.analysis, self.options.lowering == "eager", workspaces, freed)
 
@@ -248,9 +248,11 @@ class Session:
         """Only small trials where the model may be larger than this machine."""
         return math.inf if is_real(self.example_inputs or ()) else TRIAL
 
-    def _workspaces(self) -> Workspaces | None:
-        fused = self.options.lowering == "inductor"
-        return Workspaces(limit=self._trial_limit(), fused=fused) if self._at_hand() else None
+    def _workspaces(self) -> Workspaces:
+        """For a device that is not at hand nothing is tried, and only pieces of the graph have a workspace."""
+        if not self._at_hand():
+            return Workspaces(limit=-1)
+        return Workspaces(limit=self._trial_limit(), fused=self.options.lowering == "inductor")
 
     def _watch(self) -> StepMeter | None:
         inputs = self.example_inputs or ()

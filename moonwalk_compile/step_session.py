@@ -70,7 +70,7 @@ class StepSession(Session):
         left = sum(isinstance(gradient, Ref) for gradient in self.analysis.graph.gradients) - done
         return f"{done} parameters are updated within the step, {left or 'no'} gradients remain"
 
-    def _facts(self, workspaces: Workspaces | None, freed: frozenset[int] = frozenset()) -> Facts:
+    def _facts(self, workspaces: Workspaces, freed: frozenset[int] = frozenset()) -> Facts:
         assert self.analysis is not None
         self._check_loss()
         updates = Updates(nothing)

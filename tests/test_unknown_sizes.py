@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moonwalk_compile import CaptureError, moonwalk_compile
+from moonwalk_compile.api import planned_session
 from moonwalk_compile.measure import compare_steps, measure_step
+from moonwalk_compile.options import Options
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -317,6 +319,13 @@ def test_figures_beside_the_loss() -> None:
     model = compiled(base, budget="80%")
     assert compare_steps(model, base, lambda net, *given: net(*given)[0], inputs).exact
     assert model(*inputs)[1].equal(base(*inputs)[1])
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_what_a_piece_holds_counts_for_a_device_that_is_not_here(lowering: str) -> None:
+    options = Options(budget=64 << 20, lowering=lowering)
+    plans = [planned_session(Within(), batch(1.0), options, device=device).plan for device in ("cpu", "h100")]
+    assert plans[1].peak_bytes == pytest.approx(plans[0].peak_bytes, rel=0.2)
 
 
 class Returned(Net):
