@@ -19,7 +19,8 @@ from .passes.fusion import unmaterialised
 from .passes.liveness import simulate
 from .passes.lower import Half
 from .passes.opaque import has_pieces
-from .passes.plan import Planned, Planner
+from .passes.plan import Planner
+from .passes.planned import Planned
 from .passes.program import Program
 from .passes.sizes import left_unused, promised
 from .passes.verify import verify, verify_certified

@@ -13,7 +13,8 @@ from .passes.inverse import INVERTED
 from .passes.liveness import Timeline
 from .passes.lower import Half
 from .passes.opaque import has_pieces
-from .passes.plan import Planned, Planner
+from .passes.plan import Planner
+from .passes.planned import Planned
 from .report import Plan, Segment
 from .units import format_bytes
 

@@ -17,7 +17,8 @@ from .units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from .passes.emit import Segment
-    from .passes.plan import Planned, Planner
+    from .passes.plan import Planner
+    from .passes.planned import Planned
 
 PLAIN, CHECKPOINT, BUDGET = "plain", "checkpoint", "budget"
 MARKS = {PLAIN: "plain backpropagation", CHECKPOINT: "each block checkpointed", BUDGET: "the budget"}

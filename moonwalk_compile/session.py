@@ -33,7 +33,8 @@ from .passes.graph import Role
 from .passes.inverse import INVERTED
 from .passes.inverse.constants import Constants, computed, is_candidate
 from .passes.lower import Aim, Boxed, Half, Lowerer, as_boxed
-from .passes.plan import NoPlan, Planned, Planner
+from .passes.plan import NoPlan, Planner
+from .passes.planned import Planned
 from .passes.program import Program
 from .passes.rewrite import to_halves
 from .passes.solutions import Facts

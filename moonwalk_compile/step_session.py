@@ -20,7 +20,8 @@ from .passes.graph import Ref
 from .passes.joint import JointMeasure, UpdateImpossible, Updates, handing_back, handing_over, verify_updates
 from .passes.joint_lower import JointLowerer
 from .passes.lower import Boxed, Half, as_boxed, boxed_eager
-from .passes.plan import Planned, Planner
+from .passes.plan import Planner
+from .passes.planned import Planned
 from .passes.program import Program
 from .passes.rewrite import to_module
 from .passes.solutions import Facts

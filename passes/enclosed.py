@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ._torch_compat import detect_fake_mode, disable_current_modes, largest, tree_flatten
+from ._torch_compat import largest, tree_flatten
 from .cost import base_name
 from .graph import Ref
 from .opaque import PIECES, Piece, draw
 from .program import Instruction, Program
 from .sizes import storage_bytes
-from .trace import Recorder
+from .trace import Recorder, faking_like
 from .trials import Like
 
 GENERATED = "Runtime assertion failed"  # how torch begins the message of what it has assumed
@@ -59,7 +59,7 @@ def piece_of_graph(
     kept_bytes = sum(storage_bytes(copies[node].meta["val"]) for node in kept)
     name = hashlib.sha256(f"{graph} {layouts} {sorted(repeated)} {kept_bytes}".encode()).hexdigest()[:16]
     if name not in PIECES:
-        likes = tuple(_like(result.meta["val"]) for result in results)
+        likes = tuple(Like.of(result.meta["val"]) for result in results)
         PIECES[name] = Piece(_module(graph), likes, _program(graph), repeated, kept_bytes)
     return name
 
@@ -76,11 +76,7 @@ def _unnamed(argument: Any) -> Any:
 
 
 def _layout(value: Any) -> Any:
-    return [_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in tree_flatten(value)[0]]
-
-
-def _like(tensor: Tensor) -> Like:
-    return Like(tuple(tensor.size()), tuple(tensor.stride()), tensor.dtype, tensor.device)
+    return [Like.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in tree_flatten(value)[0]]
 
 
 def _module(graph: fx.Graph) -> fx.GraphModule:
@@ -112,9 +108,7 @@ class LargestSizes:
     def _tensor(self, tensor: Tensor) -> Tensor:
         size, stride = [self._most(length) for length in tensor.size()], [self._most(step) for step in tensor.stride()]
         key = tensor.untyped_storage()._cdata
-        mode = detect_fake_mode([tensor])
-        assert mode is not None
-        with disable_current_modes(), mode:
+        with faking_like(tensor):
             if key not in self.storages:
                 needs = Like(tuple(size), tuple(stride), tensor.dtype, tensor.device).bytes
                 room = max(needs, self._most(tensor.untyped_storage().nbytes()))

@@ -19,7 +19,7 @@ from .emit import Schedule, Segment
 from .fusion import program_seconds
 from .graph import Operation, Ref, map_refs, refs_in
 from .liveness import Timeline, simulate
-from .plan import Planned
+from .planned import Planned
 from .program import Instruction, Program
 from .reuse import is_fresh, written_over
 from .solutions import Facts, waiting_seconds

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -21,18 +21,14 @@ import numpy as np
 
 from .bits import unpack_two
 from .certificates import Certificate, chain_error
-from .cost import Device, base_name, operations_seconds
+from .cost import base_name
 from .costs import Cost, backward_program, segment_cost
-from .emit import Schedule, Segment, Unreachable, emit
+from .emit import Segment, Unreachable, emit
 from .fronts import FRONT, LONG, Floats, Front, Table, column, extend, start
-from .fusion import program_seconds
 from .inverse import INVERTED
-from .liveness import Timeline
 from .moves import Move, MoveMaker
-from .opaque import OPAQUE, Piece, piece_of
-from .program import Instruction
-from .reuse import simulated
-from .solutions import Facts, waiting_seconds
+from .planned import Measure, Planned, measure_schedule, without_pieces
+from .solutions import Facts
 
 CLOSE = 0.002  # part of a budget that is not worth another round; twice as much after each,
 CLOSEST = 0.01  # up to this much
@@ -47,25 +43,6 @@ SCALES = (1.0, 1.01, 1.02, 1.04, 1.07, 1.12, 1.2, 1.5, 2.0, 3.0, 5.0, 8.0)
 
 class NoPlan(Exception):
     """The allowed strategies leave a block without any segment."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A plan that has been emitted and simulated. Bytes and seconds are of the whole step."""
-
-    segments: tuple[Segment, ...]
-    schedule: Schedule
-    forward: Timeline
-    backward: Timeline
-    seconds: float
-    error: float = 0.0
-
-    @property
-    def peak(self) -> int:
-        return max(self.forward.peak, self.backward.peak)
-
-
-Measure = Callable[[Facts, tuple[Segment, ...], Schedule, float], Planned]  # of an emitted plan
 
 
 Answer = TypeVar("Answer")
@@ -424,35 +401,3 @@ class Planner:
             middle = math.sqrt(low * high)
             low, high = (low, middle) if enough(middle) else (middle, high)
         return high
-
-
-def without_pieces(planned: Planned, device: Device) -> Planned:
-    """As if nothing were computed again for having sizes that depend on data, but kept."""
-    schedule, during, kept = planned.schedule, list(planned.backward.during), 0
-    for place in reversed(range(len(during))):
-        during[place] += kept
-        kept += sum(piece.kept for piece in _pieces(schedule.backward.instructions[place : place + 1]))
-    again = [
-        piece.program.instructions[place].operation
-        for piece in _pieces((*schedule.forward.instructions, *schedule.backward.instructions))
-        for place in piece.again
-    ]
-    backward = Timeline(tuple(during), planned.backward.start + kept, planned.backward.final)
-    seconds = planned.seconds - operations_seconds(again, replace(device, fused=False))
-    return replace(planned, backward=backward, seconds=seconds)
-
-
-def _pieces(instructions: Iterable[Instruction]) -> list[Piece]:
-    return [piece_of(i.operation.args) for i in instructions if i.operation.target is OPAQUE]
-
-
-def measure_schedule(
-    facts: Facts, segments: tuple[Segment, ...], schedule: Schedule, error: float = 0.0, device: Device | None = None
-) -> Planned:
-    """Simulate both programs: what the user holds (the outputs) stays alive through the backward pass."""
-    forward = simulated(facts, schedule.forward)
-    backward = simulated(facts, schedule.backward, pinned=facts.analysis.held)
-    graph, device = facts.analysis.graph, device or facts.analysis.device
-    seconds = sum(program_seconds(program, graph, device) for program in (schedule.forward, schedule.backward))
-    seconds += waiting_seconds(facts.analysis, schedule.kept)
-    return Planned(segments, schedule, forward, backward, seconds, error)

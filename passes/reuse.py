@@ -121,7 +121,7 @@ def _places(
 
 def _extent(tensor: torch.Tensor) -> int:
     """Bytes from the first to behind the last element."""
-    return Like(tuple(tensor.size()), tuple(tensor.stride()), tensor.dtype, tensor.device).bytes
+    return Like.of(tensor).bytes
 
 
 def _layout(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ._torch_compat import FakeTensorMode, OpOverload, TorchDispatchMode, tree_flatten, tree_map
+from ._torch_compat import (
+    FakeTensorMode,
+    OpOverload,
+    TorchDispatchMode,
+    detect_fake_mode,
+    disable_current_modes,
+    tree_flatten,
+    tree_map,
+)
 from .cost import count_flops
 from .graph import Call, Operation, Ref
 from .sizes import storage_bytes
@@ -24,6 +33,15 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 def storage_keys(tensors: Iterable[Tensor]) -> list[int]:
     return [tensor.untyped_storage()._cdata for tensor in tensors]
+
+
+@contextlib.contextmanager
+def faking_like(tensor: Tensor) -> Iterator[None]:
+    """Tensors that are made meanwhile are fake, as this one is."""
+    mode = detect_fake_mode([tensor])
+    assert mode is not None
+    with disable_current_modes(), mode:
+        yield
 
 
 def call_of(node: fx.Node) -> Call | None:

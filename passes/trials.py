@@ -52,6 +52,10 @@ class Like:
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Like:
+        return cls(tuple(tensor.size()), tuple(tensor.stride()), tensor.dtype, tensor.device)
+
     def make(self) -> torch.Tensor:
         """Small positive numbers; zeros (a valid index, a valid mask) for integers and truth values."""
         new = torch.empty(self.elements, dtype=self.dtype, device=self.device)
@@ -118,5 +122,5 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(_frozen(v) for v in value)
     if isinstance(value, torch.Tensor):
-        return Like(tuple(value.size()), tuple(value.stride()), value.dtype, value.device)
+        return Like.of(value)
     return value

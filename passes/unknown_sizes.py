@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ._torch_compat import depends_on_data, detect_fake_mode, disable_current_modes, tree_flatten
+from ._torch_compat import depends_on_data, tree_flatten
 from .cost import base_name
 from .enclosed import GENERATED, SizeUnknown, piece_of_graph, target_of
 from .nodes import is_effect, is_random, mark_stages
 from .opaque import OPAQUE, draw
-from .trace import storage_keys, tensors_of
+from .trace import faking_like, storage_keys, tensors_of
 
 aten = torch.ops.aten
 NEW = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default}
@@ -87,7 +87,7 @@ def _is_between(node: fx.Node, inside: set[fx.Node]) -> bool:
 
 
 def refuse(nodes: Sequence[fx.Node], inside: set[fx.Node]) -> None:
-    """Raise where a size would leave, or where computing something again would not give the same."""
+    """Raise where a size would leave, or where a piece of the graph could not stand for what there is."""
     first = next(node for node in nodes if node in inside)
     for node in nodes:
         if node not in inside and not inside.intersection(node.all_input_nodes):
@@ -110,9 +110,7 @@ def draw_by_seeds(graph: fx.Graph, inside: set[fx.Node]) -> None:
         if not is_random(node) or not (node in inside or inside.intersection(node.all_input_nodes)):
             continue
         tensor = next(leaf for read in node.all_input_nodes for leaf in tensors_of(read.meta.get("val")))
-        mode = detect_fake_mode([tensor])
-        assert mode is not None
-        with disable_current_modes(), mode, graph.inserting_before(node):
+        with faking_like(tensor), graph.inserting_before(node):
             seed = graph.call_function(aten.randint.default, (SEEDS, [1]), {"dtype": torch.int64, "device": "cpu"})
             seed.meta = {**node.meta, "val": torch.empty(1, dtype=torch.int64)}
             drawn = graph.call_function(draw, (seed, node.target, *node.args), dict(node.kwargs))
@@ -240,9 +238,7 @@ def _own_memory(graph: fx.Graph, item: fx.Node) -> None:
     """Views come out as tensors of their own; views of these are views of them."""
     view = item.meta["val"]
     (key,) = storage_keys([view])
-    mode = detect_fake_mode([view])
-    assert mode is not None
-    with disable_current_modes(), mode:
+    with faking_like(view):
         item.meta["val"] = torch.empty_strided(view.size(), view.stride(), dtype=view.dtype, device=view.device)
         renewed = {item}
         for node in graph.nodes:

@@ -20,7 +20,7 @@ from moonwalk_compile import moonwalk_compile
 from moonwalk_compile.choice import LoweredPlan
 from moonwalk_compile.passes import inductor
 from moonwalk_compile.passes.inductor import Lowered, MemoryEvent, OutputStorage, ProfileUnknown, lower, peak
-from moonwalk_compile.passes.plan import Planned
+from moonwalk_compile.passes.planned import Planned
 from moonwalk_compile.passes.workspace import measured_workspace
 from moonwalk_compile.passes.wrapper_memory import replay
 from moonwalk_compile.session import Session

@@ -17,7 +17,8 @@ from moonwalk_compile.passes.emit import Segment
 from moonwalk_compile.passes.liveness import Timeline
 from moonwalk_compile.passes.moves import Move
 from moonwalk_compile.passes.moves.keeping import RUNS
-from moonwalk_compile.passes.plan import Planned, Planner
+from moonwalk_compile.passes.plan import Planner
+from moonwalk_compile.passes.planned import Planned
 from moonwalk_compile.passes.solutions import Facts
 from moonwalk_compile.passes.verify import verify
 

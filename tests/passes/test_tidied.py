@@ -10,7 +10,8 @@ import torch
 from examples import reversible
 from moonwalk_compile.api import fake_session
 from moonwalk_compile.options import Options
-from moonwalk_compile.passes.plan import HARDLY, Planned, Planner
+from moonwalk_compile.passes.plan import HARDLY, Planner
+from moonwalk_compile.passes.planned import Planned
 
 
 @pytest.fixture
